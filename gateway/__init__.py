@@ -1,1 +1,44 @@
+"""A declarative, pipeline-based mail filtering gateway: what a stage author imports.
 
+A *pipeline* (one YAML document) names *listeners*, a chain of *stages* and the *pools* of upstream servers.
+A *session* is one client connection, a *transaction* one message in it. In each *phase* the chain asks its
+stages in the file's order; a stage answers None (go on) or a *verdict*. What is known of a session are its
+*facts*, typed and named. The last stage joins the client to the upstream server.
+
+    from gateway import Cause, Refuse, Session, Settings, Stage
+
+    class NoFridays(Stage):
+        '''Refuse mail on Fridays.'''
+        ...
+
+`hookspecs.py` is the contract of each method, `gateway.testing` has what a stage's tests need.
+"""
+
+from gateway.config.values import Cidr, CidrList, Duration, Percent, PathValue, Rate, Secret, Size
+from gateway.facts import EvaluationError, Expression, Fact, FactValue, Phase, Scope
+from gateway.protocol.sasl import Certificate, Digest, Password, Token
+from gateway.protocol.smtp import Reply, domain_of
+from gateway.session import Client, Listener, Recipient, Session, Transaction
+from gateway.stage import Attempt, Kind, Outcome, Peer, Settings, Stage, Worker
+from gateway.tables import ListFile
+from gateway.verdicts import (
+    AddHeader,
+    Allow,
+    Authenticated,
+    Cause,
+    Discard,
+    Edit,
+    Hold,
+    Refuse,
+    Rewrite,
+    Upstream,
+    Verdict,
+)
+
+__all__ = [
+    "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client", "Digest",
+    "Discard", "Duration", "Edit", "EvaluationError", "Expression", "Fact", "FactValue", "Hold", "Kind", "ListFile",
+    "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase", "Rate", "Recipient", "Refuse", "Reply",
+    "Rewrite", "Scope", "Secret", "Session", "Settings", "Size", "Stage", "Token", "Transaction", "Upstream",
+    "Verdict", "Worker", "domain_of",
+]  # fmt: skip

@@ -1,0 +1,53 @@
+# make run: try it. make test: everything CI runs. Both do all set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PEERS := postfix postfix-pcre swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl libnet-ssleay-perl \
+         libdigest-hmac-perl fail2ban
+
+.PHONY: run test test-fast check peers bench docs lock clean
+
+run: $(STAMP) var/tls/development.crt
+	@$(PYTHON) scripts/welcome.py
+	@exec $(BIN)/gateway run pipelines/submission.yaml
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "make: $(PYTHON) cannot make a virtual environment; install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: Python 3.11 or newer is needed; say make PYTHON=python3.12" >&2; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+var/tls/development.crt: $(STAMP) scripts/development_certificate.py
+	@$(BIN)/python scripts/development_certificate.py var/tls && touch $@
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy gateway stages examples/auth_server.py
+	$(BIN)/lint-imports
+
+test-fast: check var/tls/development.crt
+	$(BIN)/pytest tests/unit tests/dialogue
+
+test: peers check var/tls/development.crt
+	$(BIN)/pytest tests
+
+peers: $(STAMP)
+	@sh scripts/peers.sh $(PEERS)
+
+bench: $(STAMP) peers
+	$(BIN)/python -m bench
+
+docs: $(STAMP)
+	$(BIN)/python scripts/reference.py
+
+lock:
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv pip compile --quiet --universal --no-emit-index-url --extra dev --generate-hashes \
+	  --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) var .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,423 @@
+"""The pipeline file as pydantic models: every key, its type, its default.
+
+Stage entries are only split here; the compiler validates their settings with the models of the stage types.
+What one key means for another (a pool that does not exist, a listener without a certificate) is checked here where
+it needs nothing but this file.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from gateway.config.addresses import Hostname, ListenUrl, Resolver, ServerUrl
+from gateway.config.problems import Loc
+from gateway.config.values import (
+    CidrList,
+    Condition,
+    Duration,
+    ExistingFile,
+    Identifier,
+    NotA,
+    PathValue,
+    parse_percent,
+    shown,
+)
+from gateway.limits import Limits
+
+
+class _Model(BaseModel):
+    """Unknown keys are errors, values do not change after the load."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=False)
+
+
+class _Findings:
+    """What a model finds at its settings after all of them were read; raised together."""
+
+    def __init__(self) -> None:
+        self._details: list[InitErrorDetails] = []
+
+    def add(self, loc: Loc, value: object, text: str, suggestion: str) -> None:
+        error = PydanticCustomError("pipeline", "{text}; {suggestion}", {"text": text, "suggestion": suggestion})
+        self._details.append(InitErrorDetails(type=error, loc=loc, input=value))
+
+    def report(self, model: BaseModel) -> None:
+        """Raises ValidationError if there is anything."""
+        if self._details:
+            raise ValidationError.from_exception_data(type(model).__name__, self._details)
+
+
+# Listeners and TLS
+
+
+class Certificate(_Model):
+    """A certificate chain and its private key, both PEM."""
+
+    chain: ExistingFile = Field(description="Certificate and intermediates, leaf first.")
+    key: ExistingFile = Field(description="Private key.")
+
+
+def _tls_version(value: object) -> object:
+    return f"TLSv{value}" if str(value) in ("1.2", "1.3") else value
+
+
+class Tls(_Model):
+    """TLS towards clients."""
+
+    certificates: tuple[Certificate, ...] = Field((), description="Chosen by SNI; the first is the default.")
+    client_ca: ExistingFile | None = Field(None, description="CAs that client certificates are verified with.")
+    verify_client: Literal["off", "optional", "required"] = "off"
+    minimum_version: Annotated[Literal["TLSv1.2", "TLSv1.3"], BeforeValidator(_tls_version)] = "TLSv1.2"
+    ciphers: str | None = Field(None, min_length=1, description="OpenSSL cipher list for TLS 1.2.")
+
+    @model_validator(mode="after")
+    def _has_ca(self) -> Self:
+        if self.verify_client != "off" and self.client_ca is None:
+            findings = _Findings()
+            findings.add(("verify_client",), None, "no CA to verify client certificates with", "add `client_ca: file`")
+            findings.report(self)
+        return self
+
+
+def _as_url(value: object) -> object:
+    """`- smtp://...` is short for `- {url: smtp://...}`."""
+    return value if isinstance(value, (dict, BaseModel)) else {"url": value}
+
+
+class Listener(_Model):
+    """An address to listen on. Its `tls` replaces the pipeline's."""
+
+    url: ListenUrl
+    name: str | None = Field(None, min_length=1, description="For logs and `listener.name`; the URL by default.")
+    proxy_protocol: Literal["required", "off"] = Field("off", description="PROXY header before anything else.")
+    capabilities: tuple[str, ...] | None = Field(None, description="Announce exactly these, not what is computed.")
+    tls: Tls | None = None
+
+
+class Trust(_Model):
+    """Networks that are believed. Judged by the real TCP peer; loopback is not among them unless written."""
+
+    proxy: CidrList = Field((), description="May send PROXY headers.")
+    xclient: CidrList = Field((), description="May send XCLIENT.")
+    clients: CidrList = Field((), description="Own systems: their line endings are mended instead of refused.")
+
+
+# Upstreams
+
+
+class Server(_Model):
+    """A server of a pool."""
+
+    url: ServerUrl
+    weight: int = Field(1, ge=1, le=1000)
+
+
+class Reuse(_Model):
+    """Upstream connections serve several sessions, one after the other."""
+
+    transactions: int = Field(20, ge=1, description="Then the connection is closed.")
+    idle: Duration = Field(30.0, description="Then the connection is closed.")
+
+
+class Health(_Model):
+    """Active checks: connect, TLS, greeting, EHLO, QUIT."""
+
+    interval: Duration = Field(10.0, gt=0)
+    timeout: Duration = Field(5.0, gt=0)
+    fall: int = Field(3, ge=1, description="Failures in a row until a server is out.")
+    rise: int = Field(2, ge=1, description="Successes in a row until it is back.")
+    slow_start: Duration = Field(30.0, description="Time until a server that came back has its full share.")
+
+
+class PoolCapabilities(_Model):
+    """What is known of the servers without asking them."""
+
+    assume: tuple[str, ...] = Field(description="EHLO lines, such as `SIZE 10240000`.")
+
+
+Balance = Literal["round_robin", "least_connections", "hash_client", "hash_user", "hash_domain"]
+
+
+def _balance(value: object) -> object:
+    return re.sub(r"^hash[ _](?:of[ _])?", "hash_", value) if isinstance(value, str) else value
+
+
+def _reuse(value: object) -> object:
+    if value in (False, "off"):
+        return None
+    return {} if value in (True, "on") else value
+
+
+class Pool(_Model):
+    """A named group of upstream servers."""
+
+    servers: tuple[Annotated[Server, BeforeValidator(_as_url)], ...] = Field(min_length=1)
+    balance: Annotated[Balance, BeforeValidator(_balance)] = "round_robin"
+    max_connections: int = Field(80, ge=1, description="Per server, over all workers.")
+    queue: int = Field(100, ge=0, description="Sessions that wait for a connection; more are 451 4.4.5.")
+    queue_timeout: Duration = 10.0
+    tls: Literal["off", "opportunistic", "required"] = "opportunistic"
+    verify: bool = Field(True, description="Where TLS is required: certificate and name.")
+    ca_file: ExistingFile | None = Field(None, description="CAs for `verify` instead of the system's.")
+    server_name: str | None = Field(None, min_length=1, description="Name for SNI and `verify` instead of the host's.")
+    source: str | None = Field(None, description="Local address of the connections.")
+    reuse: Annotated[Reuse | None, BeforeValidator(_reuse)] = Field(None, description="off, on, or its limits.")
+    capabilities: PoolCapabilities | None = None
+    connect_timeout: Duration = Field(10.0, gt=0)
+    command_timeout: Duration = Field(300.0, gt=0, description="Wait for a reply (RFC 5321 4.5.3.2).")
+    health: Health = Health()
+
+    @field_validator("source")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            return str(ipaddress.ip_address(value))
+        except ValueError:
+            raise NotA("an address", "192.0.2.1", f"{shown(value)} is not an address") from None
+
+
+# Tables, logs
+
+
+class Table(_Model):
+    """A named list for conditions (`listed`) and stages: inline, or a file with one entry a line."""
+
+    entries: tuple[str, ...] = ()
+    file: ExistingFile | None = None
+
+
+def _table(value: object) -> object:
+    if isinstance(value, dict) and "entries" not in value:
+        return value
+    if isinstance(value, list):
+        return {"entries": value}
+    raise NotA("a table", "[one, two] or {file: path}", f"{shown(value)} is not a table")
+
+
+class Log(_Model):
+    """Where and how the gateway logs."""
+
+    format: Literal["json", "text"] = "json"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    file: PathValue | None = Field(None, description="Standard error by default.")
+    debug_clients: CidrList = Field((), description="Clients whose conversation is logged, secrets removed.")
+
+
+# Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What a stage's refusals do: nothing is asked (off), only logged (observe), for `percent` of clients (enforce)."""
+
+    kind: Literal["off", "observe", "enforce"] = "enforce"
+    percent: float = 100.0
+
+
+def _mode(value: object) -> Mode:
+    match value:
+        case Mode():
+            return value
+        case "off" | "observe" | "enforce":
+            return Mode(value)
+    try:
+        return Mode("enforce", parse_percent(value))
+    except NotA:
+        raise NotA("a mode", "off, observe, enforce or 10%", f"{shown(value)} is not a mode") from None
+
+
+class Reserved(_Model):
+    """The settings that every stage has."""
+
+    id: Identifier | None = Field(None, description="Name in logs and of the stage's facts; the type by default.")
+    when: Condition | None = Field(None, description="Ask the stage only where this is true.")
+    mode: Annotated[
+        Mode,
+        PlainValidator(_mode),
+        WithJsonSchema(
+            {"anyOf": [{"enum": ["off", "observe", "enforce"]}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}
+        ),
+    ] = Mode()
+    on_error: Literal["tempfail", "reject", "disconnect", "pass"] | None = Field(None, description="Where it fails.")
+    timeout: Duration | None = Field(None, gt=0, description="Of one call's I/O.")
+    refuse_at: Literal["rcpt", "now"] | None = Field(None, description="When early refusals are told.")
+
+
+RESERVED = frozenset(Reserved.model_fields)
+_RESERVED = TypeAdapter(dict[str, Reserved])
+
+
+@dataclass(frozen=True, slots=True)
+class StageEntry:
+    """An entry of `stages`: the type's name, its settings as written (not validated), and the reserved ones.
+
+    `settings` is None for a bare name, a dict without the reserved keys, or the value of the short form.
+    """
+
+    name: str
+    settings: object = field(repr=False)
+    reserved: Reserved
+    index: int = 0
+
+    @property
+    def loc(self) -> Loc:
+        """Where the settings stand in the document."""
+        return ("stages", self.index, self.name)
+
+    @property
+    def id(self) -> str:
+        """The id as written, or the type's name."""
+        return self.reserved.id or self.name
+
+
+def split_entry(raw: object) -> StageEntry:
+    """Split `name`, `{name: settings}` or `{name: value}`. Raises NotA, ValidationError (for reserved settings)."""
+    if isinstance(raw, StageEntry):
+        return raw
+    kind, example = "a stage", "`name`, `name: value` or `name: {setting: value}`"
+    if isinstance(raw, str) and raw:
+        return StageEntry(raw, None, Reserved())
+    if not isinstance(raw, dict) or not raw:
+        raise NotA(kind, example, f"{shown(raw)} is not a stage")
+    name, settings = next(iter(raw.items()))
+    if len(raw) > 1:
+        second = list(raw)[1]
+        text = f"{name!r} and {second!r} stand side by side in one entry"
+        advice = f"indent {second!r} below {name!r}" if settings is None else "begin each stage with '- '"
+        raise NotA(kind, example, text, advice)
+    if not isinstance(settings, dict):
+        return StageEntry(name, settings, Reserved())
+    reserved = {key: value for key, value in settings.items() if key in RESERVED}
+    own = {key: value for key, value in settings.items() if key not in RESERVED}
+    return StageEntry(name, own, _RESERVED.validate_python({name: reserved})[name])
+
+
+_ENTRY_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}],
+    "description": "A stage: its name, or its name and settings.",
+}
+Entry = Annotated[StageEntry, PlainValidator(split_entry), WithJsonSchema(_ENTRY_SCHEMA)]
+
+
+# The file
+
+
+def own_hostname() -> str:
+    """This machine's full name; asks the resolver only where the plain name is not a full one."""
+    name = socket.gethostname()
+    return name if "." in name.strip(".") else socket.getfqdn(name)
+
+
+def _line_endings(value: object) -> object:
+    return "normalize" if value == "normalise" else value
+
+
+def _pool_name(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", value):
+        kind = "the name of a pool"
+        raise NotA(kind, "letters, digits, '_', '.' and '-'", f"{shown(value)} is not {kind}")
+    return value
+
+
+class Pipeline(_Model):
+    """One pipeline: listeners, stages, upstreams, and what holds for all of its sessions."""
+
+    name: str = Field("", description="For logs and metrics; the file's name by default.")
+    listen: tuple[Annotated[Listener, BeforeValidator(_as_url)], ...] = Field(min_length=1)
+    hostname: Hostname = Field(
+        default_factory=own_hostname, description="Name in greetings, EHLO and trace fields; the machine's by default."
+    )
+    tls: Tls = Tls()
+    trust: Trust = Trust()
+    limits: Limits = Limits()
+    relay: Literal["open"] | None = Field(None, description="open: relaying for anyone is meant.")
+    allow_plaintext_auth: bool = Field(False, description="Offer AUTH without TLS.")
+    line_endings: Annotated[Literal["by_trust", "reject", "normalize"], BeforeValidator(_line_endings)] = "by_trust"
+    stages: tuple[Entry, ...] = Field(min_length=1)
+    upstreams: dict[Annotated[str, AfterValidator(_pool_name)], Pool] = Field(default_factory=dict)
+    tables: dict[str, Annotated[Table, BeforeValidator(_table)]] = Field(default_factory=dict)
+    log: Log = Log()
+    soft_bounce: bool = Field(False, description="Every refusal is temporary: for going live.")
+    reply_id: bool = Field(True, description="Refusals show the session's id.")
+    resolvers: tuple[Resolver, ...] = Field((), description="Name servers; those of the system by default.")
+
+    @field_validator("stages")
+    @classmethod
+    def _numbered(cls, entries: tuple[StageEntry, ...]) -> tuple[StageEntry, ...]:
+        return tuple(replace(entry, index=index) for index, entry in enumerate(entries))
+
+    @model_validator(mode="after")
+    def _listeners(self) -> Self:
+        findings = _Findings()
+        seen: set[str] = set()
+        for index, listener in enumerate(self.listen):
+            url, loc = listener.url, ("listen", index, "url")
+            if url.implicit_tls and not (listener.tls or self.tls).certificates:
+                advice = "add `tls: {certificates: [{chain: file, key: file}]}`"
+                findings.add(loc, None, "an smtps listener needs a certificate", advice)
+            if listener.proxy_protocol == "required" and not self.trust.proxy and not url.path:
+                where = ("listen", index, "proxy_protocol")
+                findings.add(where, None, "no network may send PROXY headers", "add `trust: {proxy: [network]}`")
+            if url.fixed and url.address in seen:
+                findings.add(loc, None, f"{url.address} is listened on twice", "remove one")
+            seen.add(url.address)
+        findings.report(self)
+        return self
+
+
+def _unavailable(value: object) -> None:
+    raise NotA("available in this version", "nothing", "not available in this version", "remove it")
+
+
+def _workers(value: object) -> object:
+    if value not in (1, "1"):
+        raise NotA("available in this version", "1", f"{shown(value)} workers are not available in this version")
+    return 1
+
+
+def _store(value: object) -> object:
+    if value in ("lmdb", "redis") or (isinstance(value, str) and value.startswith("redis://")):
+        raise NotA("available in this version", "memory", f"{shown(value)} is not available in this version")
+    return value
+
+
+Unavailable = Annotated[SkipJsonSchema[None], PlainValidator(_unavailable)]
+
+
+class Process(_Model):
+    """What holds for the whole process, whatever pipelines it runs: at most one `process:` of all files."""
+
+    workers: Annotated[Literal[1], BeforeValidator(_workers)] = 1
+    store: Annotated[Literal["memory"], BeforeValidator(_store)] = "memory"
+    log: Log = Field(Log(), description="For pipelines that have no `log` of their own.")
+    drain: Duration = Field(30.0, description="How long sessions may go on after a stop was asked for.")
+    state_directory: PathValue | None = Field(
+        None, description="Where what upstreams announced is kept while they are down."
+    )
+    user: Unavailable = None
+    group: Unavailable = None
+    admin: Unavailable = None
+    metrics: Unavailable = None
+

@@ -1,0 +1,122 @@
+"""What EHLO announces: the frontend's own ∩ what the upstream carries, narrowed by the chain (promise 3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from gateway.frontend.served import HandOff
+
+if TYPE_CHECKING:
+    from gateway.frontend.smtp import SmtpConversation
+    from gateway.session import Session
+
+log = structlog.get_logger("gateway.smtp")
+
+# Carried unchanged from client to upstream, so announced only if every possible upstream has them.
+CARRIED = ("8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES", "DELIVERBY", "MT-PRIORITY")
+XCLIENT = "NAME ADDR PORT PROTO HELO LOGIN REVERSE_NAME DESTADDR DESTPORT"
+
+
+def ehlo_offer(conversation: SmtpConversation) -> dict[str, str]:
+    """Keyword to parameters, in the order in which they are announced."""
+    served, session = conversation.served, conversation.session
+    profile = upstream_profile(conversation)
+    offer: dict[str, str] = {}
+    read = conversation.hand_off is HandOff.NEVER  # after a hand-off only the upstream's own words count
+    if read or "PIPELINING" in profile:
+        offer["PIPELINING"] = ""
+    offer["SIZE"] = str(_size(served.limits.message_size, profile.get("SIZE")))
+    for keyword in CARRIED:
+        if keyword in profile:
+            offer[keyword] = profile[keyword] if keyword != "ENHANCEDSTATUSCODES" else ""
+    if read or "CHUNKING" in profile:
+        offer["CHUNKING"] = ""
+    if read:
+        offer["LIMITS"] = f"RCPTMAX={_rcptmax(served.limits.recipients, profile.get('LIMITS', ''))}"
+    mechanisms = offered_mechanisms(conversation)
+    if mechanisms:
+        offer["AUTH"] = " ".join(mechanisms)
+    if served.tls is not None and session.tls is None and not session.listener.implicit_tls:
+        offer["STARTTLS"] = ""
+    if session.peer[0] in served.trust_xclient:
+        offer["XCLIENT"] = XCLIENT
+    return _narrowed(conversation, offer)
+
+
+def offered_mechanisms(conversation: SmtpConversation) -> list[str]:
+    """The mechanisms that the stages can verify here; none in clear text unless the pipeline says so."""
+    served, session = conversation.served, conversation.session
+    if session.tls is None and not served.allow_plaintext_auth:
+        return []
+    return _declared(conversation, session)
+
+
+def tls_would_help(conversation: SmtpConversation) -> bool:
+    """AUTH is not offered now but would be under TLS."""
+    return conversation.session.tls is None and bool(_declared(conversation, conversation.session))
+
+
+def _declared(conversation: SmtpConversation, session: Session) -> list[str]:
+    found: dict[str, None] = {}
+    for _, hook in conversation.chain.mechanisms:
+        names = hook(session)
+        if isinstance(names, (list, tuple)):
+            found.update(dict.fromkeys(names))
+    return list(found)
+
+
+def upstream_profile(conversation: SmtpConversation) -> dict[str, str]:
+    """The keywords of the connected server, or those that all pools in question share."""
+    if conversation.connection is not None:
+        return conversation.connection.extensions
+    shared: dict[str, str] | None = None
+    for pool in conversation.served.candidates():
+        profile = pool.profile() or {}
+        if shared is None:
+            shared = dict(profile)
+            continue
+        both = {}
+        for keyword, value in shared.items():
+            if keyword not in profile:
+                continue
+            both[keyword] = value
+            if keyword == "SIZE":
+                both[keyword] = str(_size(_number(value), profile[keyword]))
+        shared = both
+    return shared or {}
+
+
+def _narrowed(conversation: SmtpConversation, offer: dict[str, str]) -> dict[str, str]:
+    """`capabilities` of the stages: they may remove and narrow, what they add is ignored."""
+    for stage, hook in conversation.chain.capabilities:
+        before = set(offer)
+        try:
+            hook(conversation.session, offer)
+        except Exception as error:
+            log.warning("stage_failure", session=conversation.session.id, stage=stage.id, phase="capabilities",
+                        error=f"{type(error).__name__}: {error}", action="pass")
+        for keyword in set(offer) - before:
+            del offer[keyword]
+    return offer
+
+
+def _number(value: str) -> int:
+    return int(value) if value.isdigit() else 0
+
+
+def _size(own: int, theirs: str | None) -> int:
+    """The smaller limit; 0 and absent mean none (RFC 1870 3)."""
+    number = _number(theirs or "")
+    if own and number:
+        return min(own, number)
+    return own or number
+
+
+def _rcptmax(own: int, limits: str) -> int:
+    for item in limits.split():
+        name, _, value = item.partition("=")
+        if name.upper() == "RCPTMAX" and value.isdigit():
+            return min(own, int(value))
+    return own

@@ -1,0 +1,85 @@
+"""A pipeline as the frontends serve it: everything resolved, nothing read from files any more."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from gateway.limits import Limits
+from gateway.relay.tls import ServerContext
+from gateway.upstream.pool import Pool, Pools
+
+if TYPE_CHECKING:
+    from gateway.pipeline.chain import Chain
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class HandOff(IntEnum):
+    """When the conversation stops being read: the opaque grade hands off early, `NEVER` is the envelope grade."""
+
+    GREETING = 0
+    LOGIN = 1
+    MAIL = 2
+    RCPT = 3
+    NEVER = 4
+
+
+class Networks:
+    """A set of networks; asked once a session, so a plain walk will do."""
+
+    def __init__(self, networks: Iterable[Network] = ()) -> None:
+        self._networks = tuple(networks)
+
+    def __contains__(self, address: str) -> bool:
+        if not self._networks:
+            return False
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self._networks)
+
+    def __bool__(self) -> bool:
+        return bool(self._networks)
+
+
+@dataclass(slots=True)
+class Served:
+    """One pipeline in this worker.
+
+    `pool` is where nothing routed. `line_endings`: by_trust, reject or normalize (design section 9).
+    `always_hand_off` hands off even to an upstream that offers XCLIENT and the like (`handoff: always`).
+    """
+
+    name: str
+    hostname: str
+    instance: str
+    chain: Chain
+    limits: Limits
+    pools: Pools
+    pool: Pool | None
+    hand_off: HandOff
+    new_id: Callable[[], str]
+    tls: ServerContext | None = None
+    trust_proxy: Networks = field(default_factory=Networks)
+    trust_xclient: Networks = field(default_factory=Networks)
+    debug_clients: Networks = field(default_factory=Networks)
+    allow_plaintext_auth: bool = False
+    auth_required: bool = False
+    login_decides: bool = False
+    line_endings: str = "by_trust"
+    soft_bounce: bool = False
+    reply_id: bool = True
+    always_hand_off: bool = False
+    max_received: int = 0
+    end_of_data: float = 240.0
+    draining: bool = False
+    sessions: int = 0
+
+    def candidates(self) -> list[Pool]:
+        """Pools that a session may be routed to while nothing is decided."""
+        return list(self.pools.values())

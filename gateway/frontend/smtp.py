@@ -1,0 +1,552 @@
+"""The client's side of an SMTP session: from the PROXY header to QUIT or the hand-off (RFC 5321).
+
+One coroutine reads like the RFC: `run` greets, then takes command by command. AUTH is in `smtp_auth`, MAIL to
+the end of data in `smtp_mail`. Replies are collected and go out in one write when no further command waits
+(RFC 2920 3.2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import structlog
+
+from gateway.facts import Phase
+from gateway.frontend import smtp_auth, smtp_mail, smtp_xclient
+from gateway.frontend.offer import ehlo_offer
+from gateway.frontend.served import HandOff, Served
+from gateway.observe.transcript import Transcript
+from gateway.protocol.errors import PeerError
+from gateway.protocol.smtp import NON_SMTP_TLS, Command, Reply, format_ehlo, looks_like, parse_command
+from gateway.relay.wire import EndOfStream, LineTooLong, Wire, WireTimeout
+from gateway.replies import smtp_reply
+from gateway.session import Listener, Session
+from gateway.stage import Outcome
+from gateway.upstream.smtp import Connection
+from gateway.verdicts import Cause, Refuse
+
+if TYPE_CHECKING:
+    from gateway.pipeline.chain import Result
+
+log = structlog.get_logger("gateway.smtp")
+
+OK = b"250 2.0.0 Ok\r\n"
+
+
+class Closing(Exception):
+    """The session ends: everything the client is to read was written. Carries the reason for the log."""
+
+
+class SmtpConversation:
+    """One SMTP session: the client's wire, what is known of the session, and the upstream once there is one."""
+
+    __slots__ = (
+        "bdat", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "limits", "login_deadline",
+        "mail", "offer", "out", "reason", "refusals", "served", "session", "splicing", "task", "transcript", "trusted_lines",
+        "upstream_pool", "waiting", "wire",
+    )  # fmt: skip
+
+    def __init__(self, wire: Wire, served: Served, listener: Listener) -> None:
+        self.wire = wire
+        self.served = served
+        self.chain = served.chain
+        self.limits = served.limits
+        self.session = self._new_session(listener)
+        self.out: list[bytes] = []
+        self.offer: dict[str, str] = {}
+        self.connection: Connection | None = None
+        self.upstream_pool: object = None
+        self.bdat: smtp_mail.Bdat | None = None
+        self.mail = smtp_mail.Mail()
+        self.hand_off = served.hand_off
+        self.errors = 0
+        self.junk = 0
+        self.refusals = 0
+        self.committed = False  # the end of data went upstream: nothing may be cancelled now
+        self.gone = False
+        self.waiting = False
+        self.splicing = False
+        self.reason = "quit"
+        self.task: asyncio.Task[None] | None = None
+        self.transcript: Transcript | None = None
+        self.trusted_lines = False
+        self.login_deadline = 0.0
+
+    def _new_session(self, listener: Listener) -> Session:
+        served = self.served
+        session = Session(
+            served.new_id(), served.name, listener, self.wire.peername, self.wire.sockname, perf_counter()
+        )
+        session.hostname = served.hostname
+        return session
+
+    # -- the life of a session ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the session to its end; never raises but CancelledError of the worker's own making."""
+        self.task = asyncio.current_task()
+        self.wire.on_gone = self._client_gone
+        self.login_deadline = self.wire.loop.time() + self.limits.login_timeout
+        try:
+            await self._serve()
+        except Closing as closing:
+            self.reason = str(closing)
+        except EndOfStream:
+            self.reason = "client closed"
+        except WireTimeout:
+            self.reason = "time-out"
+            self.out.append(smtp_reply(Refuse(Cause.TIMEOUT), self.shown_id).encode())
+        except ConnectionError as error:
+            self.reason = f"client lost: {type(error).__name__}"
+        except asyncio.CancelledError:
+            if not self.gone and not self.served.draining:
+                raise
+            self.reason = "client reset" if self.gone else "shutdown"
+        except Exception as error:
+            self.reason = f"internal error: {type(error).__name__}: {error}"
+            log.exception("internal_error", session=self.session.id)
+            self.out.append(smtp_reply(Refuse(Cause.STAGE_FAILED, disconnect=True), self.shown_id).encode())
+        finally:
+            await self._finish()
+
+    async def _serve(self) -> None:
+        session = self.session
+        if session.listener.proxy_protocol:
+            await smtp_xclient.read_proxy_header(self)
+        if session.client.address in self.served.debug_clients:
+            self.start_transcript()
+        first = True
+        while True:  # again after an accepted XCLIENT: a new session on the same wire
+            await self._begin(first)
+            first = False
+            if await self._commands():
+                return
+
+    async def _begin(self, first: bool) -> None:
+        """From the client's address to the greeting."""
+        served, chain, session = self.served, self.chain, self.session
+        self.trusted_lines = session.client.address in served.trust_xclient or session.trusted
+        if served.draining:
+            await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "greeting")
+        if served.sessions > self.limits.sessions:
+            await self.refuse_and_close(Refuse(Cause.TOO_MANY_CONNECTIONS, log="limits.sessions"), "greeting")
+        until, early, stage = 0.0, None, ""
+        if chain.connect:
+            result = await chain.ask(chain.connect, session)
+            await self._refuse_early(result, silent=session.listener.implicit_tls and self.wire.tls is None)
+            until, early, stage = result.until, result.early, result.stage
+        if session.listener.implicit_tls and self.wire.tls is None:
+            await self.start_tls()
+        if chain.greeting:
+            result = await chain.ask(chain.greeting, session)
+            await self._refuse_early(result)
+            if result.until > until:
+                until, early, stage = result.until, result.early, result.stage
+        if until:
+            refuse = await self.hold(until, early)
+            if refuse is not None:
+                await self.refuse_and_close(refuse, "greeting", stage)
+        await self._greet(first)
+
+    async def _refuse_early(self, result: Result, *, silent: bool = False) -> None:
+        """A refusal before the greeting closes; before an implicit TLS handshake without a byte."""
+        if result.refuse is None:
+            return
+        if silent:
+            self.record_refusal(result.refuse, "connect", result.stage, None)
+            raise Closing("refused before TLS")
+        await self.refuse_and_close(result.refuse, "greeting", result.stage)
+
+    async def _greet(self, first: bool) -> None:
+        served = self.served
+        for pool in served.candidates():
+            if pool.profile() is None and not await pool.learn():
+                refuse = Refuse(Cause.UPSTREAM_DOWN, disconnect=True, log=f"pool {pool.name}: capabilities unknown")
+                await self.refuse_and_close(refuse, "greeting")
+        if first and self.hand_off is HandOff.GREETING and await smtp_mail.hand_off_now(self):
+            raise Closing("handed off")
+        self.write(f"220 {served.hostname} ESMTP {served.instance}\r\n".encode())
+        self.flush()
+
+    async def start_tls(self) -> None:
+        """A handshake, then the `secure` phase. What was known of the client before is forgotten (RFC 3207 4.2)."""
+        context = self.served.tls
+        assert context is not None
+        self.wire.set_deadline(self.limits.tls_timeout)
+        try:
+            await self.wire.start_tls_server(context)
+        except (OSError, ValueError) as error:
+            raise Closing(f"TLS handshake failed: {error}") from None
+        session = self.session
+        session.tls = self.wire.tls
+        session.helo, session.esmtp = "", False
+        if self.chain.secure:
+            result = await self.chain.ask(self.chain.secure, session)
+            if result.refuse is not None:
+                await self.refuse_and_close(result.refuse, "secure", result.stage)
+
+    # -- commands -------------------------------------------------------------------------------------------
+
+    async def _commands(self) -> bool:
+        """Take commands until the session ends (True) or XCLIENT starts it anew (False)."""
+        wire, limits = self.wire, self.limits
+        while True:
+            line = wire.next_line(limits.command_line)
+            if line is None:
+                await smtp_mail.settle(self)
+                self.flush()
+                await wire.drain()
+                self._set_command_deadline()
+                self.waiting = True
+                try:
+                    if self.errors == 0 and not self.session.helo:
+                        await self._refuse_tls_hello()
+                    line = await wire.line(limits.command_line)
+                except LineTooLong:
+                    self.error("500 5.5.2 line too long")
+                    continue
+                finally:
+                    self.waiting = False
+            if self.served.draining and self.session.transaction is None:
+                await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "command")
+            if wire.bare_lf and not self.trusted_lines:
+                self.write(b"500 5.5.2 bare <LF> received\r\n")
+                raise Closing("bare LF in a command")
+            if self.transcript is not None:
+                self.transcript.from_client(line)
+            try:
+                command = parse_command(line)
+            except PeerError as error:
+                await self._not_smtp(line)
+                self.error((error.reply or b"500 5.5.2 syntax error").decode("ascii", "replace"))
+                continue
+            handler = _COMMANDS.get(command.verb)
+            if handler is None:
+                await self._not_smtp(line)
+                self.error("500 5.5.2 command not recognized")
+                continue
+            if self.mail.pending and command.verb != "RCPT":
+                await smtp_mail.settle(self)
+            try:
+                if await handler(self, command):
+                    return False
+            except PeerError as error:
+                self.error((error.reply or b"501 5.5.4 syntax error").decode("ascii", "replace"))
+            if self.reason == "handed off":
+                return True
+
+    def _set_command_deadline(self) -> None:
+        limits, now = self.limits, self.wire.loop.time()
+        seconds = limits.command_timeout
+        if self.login_deadline:
+            seconds = min(seconds, max(0.001, self.login_deadline - now))
+        self.wire.set_deadline(seconds)
+
+    async def _refuse_tls_hello(self) -> None:
+        """A TLS handshake on a plain port never ends a line: look at the first byte."""
+        wire = self.wire
+        if wire.tls is not None:
+            return
+        await wire.wait_readable()
+        if wire.peek(2) == NON_SMTP_TLS:
+            self.write(b"554 5.5.0 this port starts in clear text; use STARTTLS or the TLS port\r\n")
+            raise Closing("TLS hello on a plain port")
+
+    async def _not_smtp(self, line: bytes) -> None:
+        """HTTP and mail header lines come from programs that mean somebody else: answer once and close."""
+        kind = looks_like(line)
+        if kind is not None:
+            refuse = Refuse(Cause.PROTOCOL, text=f"this is an SMTP server, not for {kind}", disconnect=True, log=kind)
+            await self.refuse_and_close(refuse, "command")
+
+    def error(self, text: str) -> None:
+        """An error reply that counts."""
+        self.errors += 1
+        self.write(Reply.of(text).encode())
+        if self.errors >= self.limits.errors:
+            self.refuse(Refuse(Cause.TOO_MANY_ERRORS, disconnect=True), "command")
+            raise Closing("too many errors")
+
+    def count_junk(self) -> None:
+        """Commands that carry no mail (postconf(5) smtpd_junk_command_limit)."""
+        self.junk += 1
+        if self.junk > self.limits.junk_commands:
+            self.refuse(Refuse(Cause.TOO_MANY_ERRORS, text="too many commands without mail", disconnect=True), "command")
+            raise Closing("too many junk commands")
+
+    async def must_be_last(self) -> None:
+        """The command must end its pipelined group (RFC 2920 3.1), and a HELO client may not pipeline at all."""
+        if self.wire.buffered:
+            self.session.early_talker = True
+            await self.refuse_and_close(Refuse(Cause.PIPELINING, disconnect=True), "command")
+
+    # -- replies --------------------------------------------------------------------------------------------
+
+    @property
+    def shown_id(self) -> str:
+        """The session id that refusals show, or nothing."""
+        return self.session.id if self.served.reply_id else ""
+
+    def write(self, reply: bytes) -> None:
+        """Queue a reply."""
+        self.out.append(reply)
+
+    def flush(self) -> None:
+        """Send what is queued in one write."""
+        if self.out:
+            data = b"".join(self.out)
+            self.out.clear()
+            if self.transcript is not None:
+                self.transcript.to_client(data)
+            self.wire.write(data)
+
+    def reply_to(self, refuse: Refuse) -> Reply:
+        """The reply of a refusal, with our id, softened if the pipeline says so."""
+        return smtp_reply(refuse, self.shown_id, soft=self.served.soft_bounce)
+
+    def refuse(self, refuse: Refuse, phase: str, stage: str = "") -> Reply:
+        """Queue the refusal's reply, log it, tell the stages."""
+        reply = self.reply_to(refuse)
+        self.write(reply.encode())
+        self.record_refusal(refuse, phase, stage, reply)
+        return reply
+
+    def record_refusal(self, refuse: Refuse, phase: str, stage: str, reply: Reply | None) -> None:
+        """One log record a refusal; `settled` for the stages."""
+        session = self.session
+        self.refusals += 1
+        transaction = session.transaction
+        log.info("refusal", session=session.id, pipeline=session.pipeline, client=session.client.address, phase=phase,
+                 stage=stage, cause=refuse.cause.value, reply="" if reply is None else f"{reply.code} {reply.text}",
+                 user=session.typed_user, helo=session.helo,
+                 sender=transaction.sender if transaction is not None else None, detail=refuse.log or None)
+        if self.chain.settled:
+            code = reply.code // 100 if reply is not None else 5
+            self.chain.tell_settled(session, Outcome(phase, code, refuse.cause, stage, reply))
+
+    def tell_settled(self, phase: Phase, reply: Reply) -> None:
+        """`settled` for an answer that was no refusal of ours."""
+        if self.chain.settled:
+            self.chain.tell_settled(self.session, Outcome(phase.name.lower(), reply.code // 100, None, "", reply))
+
+    async def refuse_and_close(self, refuse: Refuse, phase: str, stage: str = "") -> None:
+        """The last reply of the session."""
+        self.refuse(refuse, phase, stage)
+        raise Closing(refuse.cause.value)
+
+    async def hold(self, until: float, early: Refuse | None) -> Refuse | None:
+        """Wait until the loop's time `until` and watch the client; what it earns by talking, or None.
+
+        Raises EndOfStream when the client leaves.
+        """
+        wire = self.wire
+        self.flush()
+        if not wire.buffered:
+            remaining = until - wire.loop.time()
+            if remaining <= 0:
+                return None
+            wire.set_deadline(remaining)
+            try:
+                await wire.wait_readable()
+            except WireTimeout:
+                return None
+            if wire.eof and not wire.buffered:
+                raise EndOfStream(b"")
+        if early is not None:
+            return early
+        self.session.early_talker = True
+        await asyncio.sleep(max(0.0, until - wire.loop.time()))
+        return None
+
+    async def asked(self, result: Result, phase: str) -> Reply | None:
+        """Wait out the holds of a phase and give its refusal, if it has one: the reply, or None to go on.
+
+        A refusal that says so ends the session.
+        """
+        if result.until:
+            early = await self.hold(result.until, result.early)
+            if early is not None:
+                await self.refuse_and_close(early, phase, result.stage)
+        if result.refuse is None:
+            return None
+        reply = self.refuse(result.refuse, phase, result.stage)
+        if result.refuse.disconnect or reply.code == 421:
+            raise Closing(result.refuse.cause.value)
+        return reply
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    def _client_gone(self, error: BaseException | None) -> None:
+        """A reset cancels the running phase; not after the end of data went upstream (promise 2)."""
+        self.gone = True
+        if not self.committed and not self.waiting and self.task is not None and not self.splicing:
+            self.task.cancel()
+
+    def drain(self) -> None:
+        """The worker stops: an idle client is told so now, a busy one at its next command."""
+        if self.waiting and self.session.transaction is None and not self.splicing:
+            self.out.append(smtp_reply(Refuse(Cause.SHUTDOWN), self.shown_id).encode())
+            if self.task is not None:
+                self.task.cancel()
+
+    def start_transcript(self) -> None:
+        """`debug_clients`: log the dialogue, secrets removed."""
+        self.transcript = Transcript(self.session.id)
+
+    def end_transaction(self) -> None:
+        """Forget the transaction; its stages hear of it once."""
+        transaction = self.session.transaction
+        if transaction is None:
+            return
+        if self.chain.reset:
+            self.chain.tell_reset(self.session, transaction)
+        self.session.transaction = None
+
+    async def end_session(self) -> None:
+        """What a session leaves behind: its transaction, its upstream connection, its stages' holds."""
+        self.end_transaction()
+        self.bdat = None
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            smtp_mail.leave(connection)
+        if self.chain.close:
+            await self.chain.tell_close(self.session)
+        session = self.session
+        log.info("session", session=session.id, pipeline=session.pipeline, client=session.client.address,
+                 port=session.client.port, helo=session.helo, user=session.typed_user, name=session.client.name,
+                 tls=session.tls.version if session.tls is not None else "", transactions=session.transactions,
+                 refusals=self.refusals, bytes_in=self.wire.bytes_in, bytes_out=self.wire.bytes_out,
+                 seconds=round(perf_counter() - session.started, 3), reason=self.reason)
+
+    async def _finish(self) -> None:
+        self.wire.on_gone = None
+        try:
+            if not self.gone and not self.splicing:
+                self.flush()
+                self.wire.set_deadline(self.limits.linger)
+                await self.wire.aclose(self.limits.linger)
+            else:
+                self.wire.abort()
+        except (OSError, EndOfStream):
+            self.wire.abort()
+        finally:
+            await self.end_session()
+
+
+# -- the commands that carry no mail --------------------------------------------------------------------------
+
+
+async def _helo(conversation: SmtpConversation, command: Command) -> bool:
+    session, chain = conversation.session, conversation.chain
+    await conversation.must_be_last()
+    name = command.argument.decode("ascii", "replace")
+    if not name or " " in name or len(name) > 255 or not name.isprintable():
+        conversation.error("501 5.5.4 needs one host name")
+        return False
+    if session.helo:
+        conversation.count_junk()
+    smtp_mail.reset(conversation)
+    session.helo, session.esmtp = name, command.verb == "EHLO"
+    if chain.helo:
+        reply = await conversation.asked(await chain.ask(chain.helo, session, name), "helo")
+        if reply is not None:
+            session.helo = ""
+            return False
+    if session.esmtp:
+        conversation.offer = ehlo_offer(conversation)
+        conversation.write(format_ehlo(conversation.served.hostname, conversation.offer))
+    else:
+        conversation.offer = {}
+        conversation.write(f"250 {conversation.served.hostname}\r\n".encode())
+    return False
+
+
+async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
+    wire = conversation.wire
+    if conversation.session.tls is not None:
+        conversation.error("503 5.5.1 TLS already active")
+    elif conversation.served.tls is None:
+        conversation.error("502 5.5.1 STARTTLS not offered")
+    elif command.argument:
+        conversation.error("501 5.5.4 no parameters allowed")
+    elif wire.buffered:
+        # Whoever put them there may not be the one at the other end of TLS (RFC 3207 6, CVE-2011-0411).
+        await conversation.refuse_and_close(
+            Refuse(Cause.PIPELINING, text="commands sent behind STARTTLS", disconnect=True), "command"
+        )
+    else:
+        conversation.end_transaction()
+        conversation.write(b"220 2.0.0 ready to start TLS\r\n")
+        conversation.flush()
+        await conversation.start_tls()
+    return False
+
+
+async def _noop(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    conversation.write(OK)
+    return False
+
+
+async def _vrfy(conversation: SmtpConversation, command: Command) -> bool:
+    await conversation.must_be_last()
+    conversation.count_junk()
+    if not command.argument:
+        conversation.error("501 5.5.4 needs an address")
+    else:
+        conversation.write(b"252 2.1.5 cannot verify; send mail and see\r\n")
+    return False
+
+
+async def _expn(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    conversation.write(b"502 5.5.1 command not available\r\n")
+    return False
+
+
+async def _help(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    conversation.write(b"214 2.0.0 see RFC 5321; commands: EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n")
+    return False
+
+
+async def _rset(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    if command.argument:
+        conversation.error("501 5.5.4 no parameters allowed")
+        return False
+    smtp_mail.reset(conversation)
+    conversation.write(OK)
+    return False
+
+
+async def _quit(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.write(b"221 2.0.0 Bye\r\n")
+    raise Closing("quit")
+
+
+Handler = Callable[[SmtpConversation, Command], Awaitable[bool]]
+
+_COMMANDS: dict[str, Handler] = {
+    "EHLO": _helo,
+    "HELO": _helo,
+    "STARTTLS": _starttls,
+    "AUTH": smtp_auth.auth,
+    "XCLIENT": smtp_xclient.xclient,
+    "XFORWARD": smtp_xclient.not_available,
+    "BURL": smtp_xclient.not_available,
+    "ETRN": smtp_xclient.not_available,
+    "MAIL": smtp_mail.mail,
+    "RCPT": smtp_mail.rcpt,
+    "DATA": smtp_mail.data,
+    "BDAT": smtp_mail.bdat,
+    "RSET": _rset,
+    "NOOP": _noop,
+    "VRFY": _vrfy,
+    "EXPN": _expn,
+    "HELP": _help,
+    "QUIT": _quit,
+}

@@ -1,0 +1,122 @@
+"""Who the client is, by the word of trusted peers: the PROXY header and XCLIENT.
+
+Both are believed only from networks named in `trust:`, judged by the TCP peer, never by what was claimed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from gateway.protocol import proxy_header
+from gateway.protocol import xclient as codec
+from gateway.protocol.errors import PeerError
+from gateway.protocol.smtp import Command, Reply
+from gateway.session import Client, Session
+
+if TYPE_CHECKING:
+    from gateway.frontend.smtp import SmtpConversation
+
+log = structlog.get_logger("gateway.smtp")
+
+
+async def read_proxy_header(conversation: SmtpConversation) -> None:
+    """Take the PROXY header off the wire, before TLS and greeting. Raises Closing, silently for the client."""
+    from gateway.frontend.smtp import Closing
+
+    wire, session = conversation.wire, conversation.session
+    if session.peer[0] not in conversation.served.trust_proxy:
+        log.warning("proxy_header", session=session.id, client=session.peer[0], error="peer is not in trust.proxy")
+        raise Closing("PROXY peer not trusted")
+    wire.set_deadline(conversation.limits.proxy_timeout)
+    data = b""
+    while True:
+        block = await wire.read()
+        if not block:
+            raise Closing("no PROXY header")
+        data += block
+        try:
+            parsed = proxy_header.parse(data)
+        except PeerError as error:
+            log.warning("proxy_header", session=session.id, client=session.peer[0], error=str(error))
+            raise Closing("broken PROXY header") from None
+        if parsed is not None:
+            break
+    header, consumed = parsed
+    wire.unread(data[consumed:])
+    session.proxy_header = header
+    if header.source is not None and header.destination is not None:
+        session.client = Client(*header.source)
+        session.local = header.destination
+
+
+async def xclient(conversation: SmtpConversation, command: Command) -> bool:
+    """XCLIENT: an accepted one ends the session and starts one at `connect` on the same wire (True)."""
+    session = conversation.session
+    if session.peer[0] not in conversation.served.trust_xclient:
+        conversation.error("550 5.7.0 insufficient authorization")
+        return False
+    if session.transaction is not None:
+        conversation.error("503 5.5.1 mail transaction in progress")
+        return False
+    attributes = codec.parse(command.argument)
+    fresh = Session(conversation.served.new_id(), session.pipeline, session.listener, session.peer, session.local,
+                    session.started)
+    fresh.hostname = session.hostname
+    fresh.tls = session.tls
+    fresh.proxy_header = session.proxy_header
+    fresh.client = _client(session.client, attributes)
+    fresh.local = _destination(session, attributes)
+    fresh.trusted = True
+    helo, login = attributes.get("HELO"), attributes.get("LOGIN")
+    if helo:
+        fresh.helo = helo.decode("ascii", "replace")
+    if attributes.get("PROTO"):
+        fresh.esmtp = attributes["PROTO"] == b"ESMTP"
+    if login:
+        fresh.typed_user = login.decode("utf-8", "replace")
+        fresh.user = fresh.typed_user.lower()
+        fresh.auth_mechanism = "XCLIENT"
+    conversation.reason = "XCLIENT"
+    await conversation.end_session()
+    conversation.reason = "quit"
+    conversation.session = fresh
+    conversation.offer = {}
+    return True
+
+
+async def not_available(conversation: SmtpConversation, command: Command) -> bool:
+    """Verbs of upstreams that a client must never reach through us (design section 6)."""
+    conversation.write(Reply.of("502 5.5.1 command not available").encode())
+    return False
+
+
+def _client(before: Client, attributes: dict[str, bytes | None]) -> Client:
+    address, port = attributes.get("ADDR"), attributes.get("PORT")
+    client = Client(
+        before.address if address is None else address.decode("ascii"), before.port if port is None else int(port)
+    )
+    if address is None:
+        client.name, client.reverse_name, client.name_status = before.name, before.reverse_name, before.name_status
+    if "NAME" in attributes:
+        name = attributes["NAME"]
+        if name is codec.TEMPUNAVAIL:
+            client.name_status = "tempunavail"
+        elif name is None:
+            client.name_status = "unavailable"
+        else:
+            client.name = client.reverse_name = name.decode("ascii", "replace")
+            client.name_status = "ok"
+    reverse = attributes.get("REVERSE_NAME")
+    if reverse and reverse is not codec.TEMPUNAVAIL:
+        client.reverse_name = reverse.decode("ascii", "replace")
+    return client
+
+
+def _destination(session: Session, attributes: dict[str, bytes | None]) -> tuple[str, int]:
+    address, port = attributes.get("DESTADDR"), attributes.get("DESTPORT")
+    return (
+        session.local[0] if address is None else address.decode("ascii"),
+        session.local[1] if port is None else int(port),
+    )

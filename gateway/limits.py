@@ -1,0 +1,49 @@
+"""Every limit and clock of a session, with its default and the reason for it.
+
+A pipeline overrides them by name below `limits:`. Sizes are octets, clocks are seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.config.values import Duration, Size
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Limits(BaseModel):
+    """Limits of one session. Postfix's value where it has one (postconf(5))."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command_line: Size = Field(2048, description="Octets of a command line; longer ones are 500 5.5.2 (line_length_limit).")
+    auth_line: Size = Field(12288, description="Octets of a SASL response line (RFC 4954 4).")
+    message_size: Size = Field(52_428_800, description="Octets of a message; SIZE announces the smaller of this and the upstream's.")
+    recipients: Count = Field(1000, description="Recipients of a message (smtpd_recipient_limit); more are 452 4.5.3.")
+    errors: Count = Field(20, description="Errors of a session before 421 (smtpd_hard_error_limit).")
+    junk_commands: Count = Field(100, description="NOOP, RSET, VRFY and repeated EHLO without mail before 421 (smtpd_junk_command_limit).")
+    auth_failures: Count = Field(3, description="Failed AUTH before 421 4.7.0.")
+    transactions: Count = Field(1000, description="Messages of a session before 421: a client opens a new connection then.")
+    sessions: Count = Field(10_000, description="Sessions at a time of one worker; more are 421.")
+    bdat_chunks: Count = Field(10_000, description="BDAT chunks of a message: many tiny chunks cost more than they carry.")
+    ehlo_lines: Count = Field(100, description="Lines of an upstream's reply that are read.")
+    received: Count = Field(50, description="Received fields of a message before it counts as a loop (hopcount_limit).")
+
+    command_timeout: Duration = Field(300.0, description="Wait for a command (RFC 5321 4.5.3.2.7).")
+    write_timeout: Duration = Field(300.0, description="Wait for a client to read what was written.")
+    data_timeout: Duration = Field(180.0, description="Wait for a block of content (RFC 5321 4.5.3.2.5).")
+    tls_timeout: Duration = Field(60.0, description="A TLS handshake.")
+    proxy_timeout: Duration = Field(5.0, description="A PROXY header (smtpd_upstream_proxy_timeout).")
+    login_timeout: Duration = Field(600.0, description="Before login: until AUTH or the first accepted MAIL, in all.")
+    end_of_data_timeout: Duration | None = Field(
+        None,
+        description="Everything between the client's end of data and the upstream's: 45s on listeners with login, "
+        "240s otherwise, then 451 and the upstream never gets its end.",
+    )
+    session_timeout: Duration = Field(86_400.0, description="A session in all.")
+    idle_timeout: Duration = Field(600.0, description="After the hand-off: no byte in either direction.")
+    auth_delay: Duration = Field(2.0, description="Wait before a failed AUTH is answered; it doubles, up to 15s.")
+    linger: Duration = Field(2.0, description="Wait for a client to take our last reply before the connection is closed.")

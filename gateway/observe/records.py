@@ -1,0 +1,195 @@
+"""Every record that the gateway logs: its name, when it is written, and what its keys hold.
+
+This is the one table of them; the documentation of the log is made from it and tests hold the log against it.
+Each record also has `time` (RFC 3339, UTC), `level`, `logger` and `record` (its name). Keys without a value are
+left out. `session` is the id that a refused client reads in its reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+
+class RecordSpec(NamedTuple):
+    """When a record is written (`help`), and the meaning and unit of each of its keys."""
+
+    help: str
+    keys: Mapping[str, str]
+
+
+ENVELOPE_KEYS: Final = ("time", "level", "logger", "record", "exception")
+"""Keys that any record may have: `exception` is a traceback."""
+
+_SESSION: Final = {
+    "session": "Id of the session, as shown in refusals.",
+    "pipeline": "Name of the pipeline.",
+    "client": "Address of the client (after PROXY and XCLIENT).",
+}
+_USER: Final = {"user": "Login as the client typed it."}
+
+RECORDS: Final[dict[str, RecordSpec]] = {
+    "start": RecordSpec(
+        "A pipeline accepts connections.",
+        {
+            "pipeline": "Name of the pipeline.",
+            "listen": "URLs of its listeners.",
+            "grade": "How far it reads: opaque, envelope or content.",
+            "stages": "Ids of its stages, in order.",
+        },
+    ),
+    "stop": RecordSpec("The worker served its last session.", {}),
+    "session": RecordSpec(
+        "A session ended; one for each connection.",
+        {
+            **_SESSION,
+            "port": "Port of the client.",
+            "name": "Verified host name of the client.",
+            "helo": "Name in its last HELO or EHLO.",
+            **_USER,
+            "tls": "TLS version, empty in clear text.",
+            "transactions": "Messages that the gateway read.",
+            "refusals": "Refusals that it was given.",
+            "bytes_in": "Octets from the client.",
+            "bytes_out": "Octets to the client.",
+            "seconds": "From accept to close.",
+            "reason": "Who or what ended it.",
+        },
+    ),
+    "transaction": RecordSpec(
+        "A message was answered; one for each message that the gateway read.",
+        {
+            **_SESSION,
+            "id": "Id of the transaction.",
+            **_USER,
+            "sender": "Address in MAIL, as the client gave it.",
+            "recipients": "Accepted recipients, each with its reply.",
+            "refused": "Refused recipients, each with its reply.",
+            "size": "Octets of content.",
+            "upstream": "URL of the server that took or refused it.",
+            "reply": "Final reply, the upstream's with its queue id.",
+            "stage_ms": "Milliseconds that each stage took.",
+            "seconds": "From MAIL to the final reply.",
+        },
+    ),
+    "refusal": RecordSpec(
+        "A command, a connection or a message was refused by the gateway.",
+        {
+            **_SESSION,
+            "phase": "Phase in which it was refused.",
+            "stage": "Id of the stage that refused, empty if the gateway did by itself.",
+            "cause": "Cause, one of a fixed set.",
+            "reply": "Reply that the client got.",
+            **_USER,
+            "helo": "Name in its last HELO or EHLO.",
+            "sender": "Address in MAIL.",
+            "detail": "What only the operator is told.",
+        },
+    ),
+    "auth": RecordSpec(
+        "A login succeeded.",
+        {**_SESSION, **_USER, "mechanism": "SASL mechanism.", "stage": "Id of the stage that verified it."},
+    ),
+    "auth_failure": RecordSpec(
+        "A login failed, or could not be verified.",
+        {
+            **_SESSION,
+            **_USER,
+            "mechanism": "SASL mechanism.",
+            "cause": "auth_failed if a verifier said no; anything else is not the client's fault.",
+            "stage": "Id of the stage that decided.",
+            "detail": "What only the operator is told.",
+        },
+    ),
+    "observed": RecordSpec(
+        "A stage in mode observe, or outside its share of clients, would have refused.",
+        {
+            "session": "Id of the session.",
+            "client": "Address of the client.",
+            "stage": "Id of the stage.",
+            "phase": "Phase in which it was asked.",
+            "cause": "Cause, one of a fixed set.",
+            "text": "Text of the refusal.",
+        },
+    ),
+    "discard": RecordSpec(
+        "A message was accepted and not delivered, as a stage decided.",
+        {**_SESSION, "stage": "Id of the stage.", "sender": "Address in MAIL.", "detail": "The stage's reason."},
+    ),
+    "hand_off": RecordSpec(
+        "From here on the gateway does not read the conversation.",
+        {"session": "Id of the session.", "server": "URL of the upstream server."},
+    ),
+    "spliced": RecordSpec(
+        "A conversation that was handed off ended.",
+        {
+            "session": "Id of the session.",
+            "server": "URL of the upstream server.",
+            "bytes_up": "Octets to the upstream.",
+            "bytes_down": "Octets to the client.",
+            "reason": "Which side ended it, and how.",
+        },
+    ),
+    "line_endings": RecordSpec(
+        "Bare CR or LF in a trusted client's message was replaced.",
+        {**_SESSION, "bare_lf": "Lone LF found.", "bare_cr": "Lone CR found."},
+    ),
+    "upstream_failure": RecordSpec(
+        "An upstream could not be used, or was lost.",
+        {
+            "session": "Id of the session.",
+            "server": "URL of the server.",
+            "pool": "Name of the pool.",
+            "kind": "What went wrong, one of a fixed set.",
+            "error": "The error; where a setting of the upstream is to mend, its name.",
+        },
+    ),
+    "stage_failure": RecordSpec(
+        "A stage raised an error or took too long.",
+        {
+            "session": "Id of the session.",
+            "stage": "Id of the stage.",
+            "phase": "Phase in which it was asked.",
+            "error": "The error.",
+            "action": "What follows from it (on_error).",
+        },
+    ),
+    "proxy_header": RecordSpec(
+        "A connection came without the PROXY header it needs, or with one that is not believed.",
+        {"session": "Id of the session.", "client": "Address of the TCP peer.", "error": "What is wrong with it."},
+    ),
+    "profiles_not_read": RecordSpec(
+        "What the upstreams announced last time could not be read.", {"file": "Path.", "error": "The error."}
+    ),
+    "profiles_not_written": RecordSpec(
+        "What the upstreams announce could not be kept.", {"file": "Path.", "error": "The error."}
+    ),
+    "internal_error": RecordSpec(
+        "A fault of the gateway itself; the session was closed.",
+        {"session": "Id of the session.", "error": "The error."},
+    ),
+    "transcript": RecordSpec(
+        "A line of the dialogue with a client of debug_clients; secrets and content are left out.",
+        {
+            "session": "Id of the session.",
+            "line": "C: from the client, S: to it, U> to the upstream, U< from it; then the line.",
+        },
+    ),
+    "warning": RecordSpec(
+        "Something an operator should mend, at load or while running.",
+        {"pipeline": "Name of the pipeline.", "text": "What is wrong, and what would mend it."},
+    ),
+    "lost_records": RecordSpec(
+        "Records before this one could not be written (a full disk, a reader that is gone or slow).",
+        {"count": "How many.", "error": "The last error."},
+    ),
+}
+
+
+def undeclared(record: Mapping[str, object]) -> list[str]:
+    """What a written record has that the table does not: its name, or keys. For tests; empty when all is declared."""
+    name = str(record.get("record"))
+    spec = RECORDS.get(name)
+    if spec is None:
+        return [name]
+    return [f"{name}.{key}" for key in record if key not in spec.keys and key not in ENVELOPE_KEYS]

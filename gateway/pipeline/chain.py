@@ -1,0 +1,348 @@
+"""The chain at run time: asks the stages of a phase in the file's order and makes one decision of it.
+
+Everything was resolved at load: a phase is a tuple of `Step`s, a step is a bound method and the few things
+configured around it. Around every stage, in this order: allow-skip, `mode`, `when`, `timeout`, the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from types import CoroutineType
+from typing import Literal, assert_never
+
+import structlog
+
+from gateway.facts import Expression, Phase, Scope
+from gateway.session import Recipient, Session, Transaction
+from gateway.stage import Outcome, Stage
+from gateway.state.keys import network_key
+from gateway.verdicts import (
+    Allow,
+    Authenticated,
+    Cause,
+    Discard,
+    Edit,
+    Hold,
+    Refuse,
+    Rewrite,
+    Upstream,
+    Verdict,
+)
+
+OnError = Literal["tempfail", "reject", "disconnect", "pass"]
+Subject = str | Transaction | Recipient | object | None
+Call = Callable[[Session, Subject], "Verdict | None | Awaitable[Verdict | None]"]
+
+log = structlog.get_logger("gateway.chain")
+
+
+@dataclass(slots=True)
+class Step:
+    """One stage in one phase.
+
+    `enforce` is the share of client networks (0 to 100) for which refusals count; 0 is observe. `postpone`
+    keeps an early refusal for RCPT. `catch_up` are the stage's earlier phases, asked late when `when` first
+    holds.
+    """
+
+    stage: Stage
+    index: int
+    phase: Phase
+    call: Call
+    skippable: bool
+    enforce: int
+    when: Expression | None
+    timeout: float
+    on_error: OnError
+    postpone: bool
+    catch_up: tuple[Step, ...] = ()
+
+
+@dataclass(slots=True)
+class Result:
+    """What the stages of a phase decided together.
+
+    `refuse` with the id of the stage that gave it; `until` the loop time before which nothing is answered,
+    and `early` for a client that talks before; `failed` a stage of `auth` could not answer.
+    """
+
+    refuse: Refuse | None = None
+    stage: str = ""
+    until: float = 0.0
+    early: Refuse | None = None
+    authenticated: Authenticated | None = None
+    upstream: Upstream | None = None
+    failed: bool = False
+
+
+class StageFailure(Exception):
+    """A stage raised or took too long; carries what the log says."""
+
+
+def unanswered(step: Step, error: BaseException) -> Refuse:
+    """The verdict that `on_error` stands for."""
+    why = "time-out" if isinstance(error, TimeoutError) and not str(error) else f"{type(error).__name__}: {error}"
+    text = f"{step.stage.id} in {step.phase.name.lower()}: {why}"
+    if step.on_error == "reject":
+        return Refuse(Cause.STAGE_FAILED, temporary=False, log=text)
+    return Refuse(Cause.STAGE_FAILED, disconnect=step.on_error == "disconnect", log=text)
+
+
+class Chain:
+    """The compiled stages of a pipeline, a tuple of steps a phase, and the hooks that only look."""
+
+    def __init__(self, stages: Sequence[Stage], steps: dict[Phase, tuple[Step, ...]]) -> None:
+        self.stages = tuple(stages)
+        self.connect = steps.get(Phase.CONNECT, ())
+        self.secure = steps.get(Phase.SECURE, ())
+        self.greeting = steps.get(Phase.GREETING, ())
+        self.helo = steps.get(Phase.HELO, ())
+        self.auth = steps.get(Phase.AUTH, ())
+        self.mail = steps.get(Phase.MAIL, ())
+        self.rcpt = steps.get(Phase.RCPT, ())
+        self.data = steps.get(Phase.DATA, ())
+        self.settled = _hooks(stages, "settled")
+        self.reset = _hooks(stages, "reset")
+        self.close = _hooks(stages, "close")
+        self.capabilities = _hooks(stages, "capabilities")
+        self.mechanisms = _hooks(stages, "mechanisms")
+        self.upstream_connect = _hooks(stages, "upstream_connect")
+        self.upstream_ready = _hooks(stages, "upstream_ready")
+        self.upstream_login = _hooks(stages, "upstream_login")
+        self.upstream_mail = _hooks(stages, "upstream_mail")
+        routes = steps.get(Phase.ROUTE, ())
+        self.route_early = tuple(step for step in routes if route_phase(step.stage) < Phase.RCPT)
+        self.route_rcpt = tuple(step for step in routes if route_phase(step.stage) >= Phase.RCPT)
+
+    async def ask(
+        self,
+        steps: tuple[Step, ...],
+        session: Session,
+        subject: Subject = None,
+        transaction: Transaction | None = None,
+        recipient: Recipient | None = None,
+    ) -> Result:
+        """Ask each step in turn until one refuses (or, in auth and route, answers)."""
+        result = Result()
+        for step in steps:
+            if step.skippable and (
+                session.allowed is not None
+                or (transaction is not None and transaction.allowed)
+                or (recipient is not None and recipient.allowed)
+            ):
+                continue
+            begun = perf_counter()
+            try:
+                if step.when is not None:
+                    if not _holds(step.when, session, transaction, recipient):
+                        continue
+                    if step.catch_up and await self._catch_up(step, result, session, transaction, recipient):
+                        return result
+                    _mark(step, session, transaction)
+                verdict = step.call(session, subject)
+                if verdict is not None and isinstance(verdict, (CoroutineType, Awaitable)):
+                    async with asyncio.timeout(step.timeout):
+                        verdict = await verdict
+            except Exception as error:
+                if self._failed(step, error, result, session):
+                    return result
+                continue
+            finally:
+                times = session.times
+                if times is None:
+                    times = session.times = {}
+                times[step.stage.id] = times.get(step.stage.id, 0.0) + perf_counter() - begun
+            if verdict is not None and self._apply(step, verdict, result, session, transaction, recipient):
+                return result
+        return result
+
+    async def _catch_up(
+        self, step: Step, result: Result, session: Session, transaction: Transaction | None, recipient: Recipient | None
+    ) -> bool:
+        """Ask the stage's earlier phases that it missed while its `when` was unknown or false."""
+        for missed in step.catch_up:
+            if _was_asked(missed, session, transaction):
+                continue
+            _mark(missed, session, transaction)
+            for subject in _subjects(missed.phase, session, transaction):
+                verdict = missed.call(session, subject)
+                if verdict is not None and isinstance(verdict, (CoroutineType, Awaitable)):
+                    async with asyncio.timeout(missed.timeout):
+                        verdict = await verdict
+                if verdict is not None and self._apply(missed, verdict, result, session, transaction, recipient):
+                    return True
+        return False
+
+    def _failed(self, step: Step, error: Exception, result: Result, session: Session) -> bool:
+        """`on_error`; True ends the phase."""
+        refuse = unanswered(step, error)
+        log.warning("stage_failure", session=session.id, stage=step.stage.id, phase=step.phase.name.lower(),
+                    error=refuse.log, action=step.on_error)
+        if step.phase is Phase.AUTH:
+            result.failed = True
+            return False
+        if step.on_error == "pass":
+            return False
+        return self._refuse(step, refuse, result, session)
+
+    def _refuse(self, step: Step, refuse: Refuse, result: Result, session: Session) -> bool:
+        if step.enforce < 100 and not _enforced(step, session):
+            log.info("observed", session=session.id, stage=step.stage.id, phase=step.phase.name.lower(),
+                     client=session.client.address, cause=refuse.cause.value, text=refuse.text)
+            return False
+        if step.postpone and not refuse.disconnect:
+            if session.postponed is None:
+                session.postponed = (refuse, step.stage.id)
+            return False
+        result.refuse = refuse
+        result.stage = step.stage.id
+        if refuse.hold:
+            result.until = max(result.until, asyncio.get_running_loop().time() + refuse.hold)
+        return True
+
+    def _apply(
+        self,
+        step: Step,
+        verdict: Verdict,
+        result: Result,
+        session: Session,
+        transaction: Transaction | None,
+        recipient: Recipient | None,
+    ) -> bool:
+        """Take a verdict in; True ends the phase."""
+        match verdict:
+            case Refuse():
+                return self._refuse(step, verdict, result, session)
+            case Hold():
+                until = asyncio.get_running_loop().time() + verdict.seconds
+                if step.enforce and until > result.until:
+                    result.until = until
+                if step.enforce and verdict.early is not None:
+                    result.early, result.stage = verdict.early, step.stage.id
+            case Allow():
+                if recipient is not None:
+                    recipient.allowed = True
+                elif transaction is not None:
+                    transaction.allowed = True
+                else:
+                    session.allowed = verdict
+                    session.postponed = None if session.postponed and _skippable(session, self) else session.postponed
+            case Rewrite():
+                target = recipient if recipient is not None else transaction
+                if target is not None:
+                    target.rewrite(verdict.address, verdict.parameters)
+            case Edit():
+                if transaction is not None:
+                    transaction.head = [*(transaction.head or ()), *verdict.operations]
+            case Authenticated():
+                result.authenticated, result.stage = verdict, step.stage.id
+                return True
+            case Upstream():
+                result.upstream, result.stage = verdict, step.stage.id
+                return True
+            case Discard():
+                if transaction is not None:
+                    transaction.discard = f"{step.stage.id}: {verdict.reason}"
+                return True
+            case _:
+                assert_never(verdict)
+        return False
+
+    def tell_settled(self, session: Session, outcome: Outcome) -> None:
+        """`settled` of every stage; what they raise is logged."""
+        for stage, hook in self.settled:
+            try:
+                hook(session, outcome)
+            except Exception as error:
+                _look_failed(stage, "settled", session, error)
+
+    def tell_reset(self, session: Session, transaction: Transaction) -> None:
+        """`reset` of every stage."""
+        for stage, hook in self.reset:
+            try:
+                hook(session, transaction)
+            except Exception as error:
+                _look_failed(stage, "reset", session, error)
+
+    async def tell_close(self, session: Session) -> None:
+        """`close` of every stage."""
+        for stage, hook in self.close:
+            try:
+                result = hook(session)
+                if result is not None and isinstance(result, Awaitable):
+                    async with asyncio.timeout(stage.timeout):
+                        await result
+            except Exception as error:
+                _look_failed(stage, "close", session, error)
+
+
+Hook = Callable[..., object]
+
+
+def _hooks(stages: Sequence[Stage], name: str) -> tuple[tuple[Stage, Hook], ...]:
+    return tuple((stage, getattr(stage, name)) for stage in stages if hasattr(stage, name) and stage.mode != "off")
+
+
+def route_phase(stage: Stage) -> Phase:
+    """The phase in which a stage's `route` is asked: the stage's own word, or that of its rules' facts."""
+    phase = getattr(stage, "route_phase", Phase.MAIL)
+    return phase if isinstance(phase, Phase) else Phase.MAIL
+
+
+def _skippable(session: Session, chain: Chain) -> bool:
+    """Whether the stage that gave the postponed refusal is a check, which an Allow skips."""
+    assert session.postponed is not None
+    stage_id = session.postponed[1]
+    return any(step.stage.id == stage_id and step.skippable for step in (*chain.connect, *chain.greeting, *chain.helo))
+
+
+def _enforced(step: Step, session: Session) -> bool:
+    """`mode: N%`: a stable hash of the client's network, so that a client always meets the same rule."""
+    if step.enforce <= 0:
+        return False
+    return zlib.crc32(network_key(session.client.address, 24, 48).encode()) % 100 < step.enforce
+
+
+def _holds(when: Expression, session: Session, transaction: Transaction | None, recipient: Recipient | None) -> bool:
+    """Whether the condition holds here; at DATA a condition over recipients holds if it does for one of them."""
+    if when.scope is Scope.RECIPIENT and recipient is None and transaction is not None:
+        return any(when.evaluate(session, transaction, one) for one in transaction.recipients)
+    return bool(when.evaluate(session, transaction, recipient))
+
+
+def _asked(step: Step, session: Session, transaction: Transaction | None) -> Session | Transaction:
+    return transaction if transaction is not None and step.phase >= Phase.MAIL else session
+
+
+def _was_asked(step: Step, session: Session, transaction: Transaction | None) -> bool:
+    asked = _asked(step, session, transaction).asked
+    return asked is not None and (step.index, step.phase) in asked
+
+
+def _mark(step: Step, session: Session, transaction: Transaction | None) -> None:
+    holder = _asked(step, session, transaction)
+    if holder.asked is None:
+        holder.asked = set()
+    holder.asked.add((step.index, step.phase))
+
+
+def _subjects(phase: Phase, session: Session, transaction: Transaction | None) -> Sequence[Subject]:
+    """What a missed phase would have been asked about."""
+    if phase is Phase.HELO:
+        return [session.helo] if session.helo else []
+    if phase is Phase.SECURE:
+        return [None] if session.tls is not None else []
+    if phase is Phase.RCPT:
+        return list(transaction.recipients) if transaction is not None else []
+    if phase in (Phase.MAIL, Phase.DATA):
+        return [transaction] if transaction is not None else []
+    return [None]
+
+
+def _look_failed(stage: Stage, hook: str, session: Session, error: Exception) -> None:
+    log.warning("stage_failure", session=session.id, stage=stage.id, phase=hook,
+                error=f"{type(error).__name__}: {error}", action="pass")

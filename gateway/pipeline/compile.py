@@ -1,0 +1,581 @@
+"""From a validated pipeline file to what a worker runs: stages built, expressions bound, promises checked.
+
+Everything that can be wrong is found here, before anything starts: all problems of a file at once, each with
+its place. The result says how far the conversation must be read (the grade) and why.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from gateway.config.documents import Document
+from gateway.config.load import validate_settings
+from gateway.config.models import Listener as ListenerModel
+from gateway.config.models import Pipeline, StageEntry, Table, Tls
+from gateway.config.models import Pool as PoolModel
+from gateway.config.problems import ConfigError, Loc, Problem, did_you_mean, written_loc
+from gateway.facts import BUILT_IN, Expression, Fact, Phase, PoolName
+from gateway.frontend.served import HandOff, Networks
+from gateway.limits import Limits
+from gateway.pipeline import registry
+from gateway.pipeline.chain import Call, Chain, Step, route_phase
+from gateway.pipeline.conditions import ConditionError, Conditions
+from gateway.relay.tls import Certificate, ServerContext, TlsConfigError
+from gateway.stage import Kind, Settings, Stage
+from gateway.tables import ListFile
+from gateway.upstream.pool import PoolSettings
+
+TWO_ARGUMENTS = {Phase.HELO: "name", Phase.AUTH: "attempt", Phase.MAIL: "transaction", Phase.RCPT: "recipient",
+                 Phase.DATA: "transaction", Phase.MESSAGE: "message", Phase.ROUTE: "recipient"}
+POSTPONED = (Phase.CONNECT, Phase.GREETING, Phase.HELO)
+CAUGHT_UP = (Phase.CONNECT, Phase.SECURE, Phase.GREETING, Phase.HELO, Phase.MAIL, Phase.RCPT)
+LOGIN_GRACE, OTHER_GRACE = 45.0, 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerPlan:
+    """One listener, ready to bind."""
+
+    url: str
+    name: str
+    host: str
+    port: int
+    path: str
+    implicit_tls: bool
+    proxy_protocol: bool
+    capabilities: dict[str, str] | None = None
+    tls: ServerContext | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """A pipeline, compiled. `grade` is opaque or envelope, `reason` says why; `rows` is the table of `check`."""
+
+    name: str
+    hostname: str
+    listeners: list[ListenerPlan]
+    chain: Chain
+    limits: Limits
+    pools: dict[str, PoolSettings]
+    default_pool: str
+    hand_off: HandOff
+    grade: str
+    reason: str
+    rows: list[Row]
+    dynamic_pool: PoolSettings = field(default_factory=PoolSettings)
+    tls: ServerContext | None = None
+    trust_proxy: Networks = field(default_factory=Networks)
+    trust_xclient: Networks = field(default_factory=Networks)
+    debug_clients: Networks = field(default_factory=Networks)
+    allow_plaintext_auth: bool = False
+    auth_required: bool = False
+    login_decides: bool = False
+    line_endings: str = "by_trust"
+    soft_bounce: bool = False
+    reply_id: bool = True
+    always_hand_off: bool = False
+    sends_proxy_header: bool = False
+    max_received: int = 0
+    end_of_data: float = OTHER_GRACE
+    health_interval: float = 30.0
+    resolvers: list[tuple[str, int]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of `gateway check`."""
+
+    stage: str
+    kind: str
+    phases: str
+    when: str
+    mode: str
+    provides: str
+    requires: str
+
+
+def compile_pipeline(pipeline: Pipeline, document: Document, known: registry.Registry) -> Plan:
+    """The whole of a pipeline. Raises ConfigError with every problem found."""
+    return _Compiler(pipeline, document, known).plan()
+
+
+class _Compiler:
+    """One use: walks the document once and collects problems."""
+
+    def __init__(self, pipeline: Pipeline, document: Document, known: registry.Registry) -> None:
+        self.pipeline = pipeline
+        self.document = document
+        self.registry = known
+        self.problems: list[Problem] = []
+        self.entries: list[tuple[StageEntry, Stage]] = []
+        self.when: dict[Stage, Expression] = {}
+
+    def problem(self, loc: Loc, text: str, suggestion: str = "", *, key: bool = False) -> None:
+        self.problems.append(Problem(self.document.place(loc, key=key), written_loc(loc), text, suggestion))
+
+    def plan(self) -> Plan:
+        self._build_stages()
+        self._bind_expressions()
+        if self.problems:
+            raise ConfigError(self.problems)
+        manager = registry.new_manager()
+        for entry, stage in self.entries:
+            try:
+                registry.register(manager, stage)
+            except registry.StageError as error:
+                self.problem(entry.loc, str(error))
+        stages = [stage for _, stage in self.entries if stage.mode != "off"]
+        self._check_terminal()
+        self._check_modes()
+        self._check_facts()
+        self._check_pools()
+        self._check_tls()
+        if self.problems:
+            raise ConfigError(self.problems)
+        steps = self._steps()
+        chain = Chain(stages, steps)
+        hand_off, reason = self._grade(chain)
+        self._check_relay()
+        if self.problems:
+            raise ConfigError(self.problems)
+        return self._result(chain, hand_off, reason)
+
+    # -- stages ---------------------------------------------------------------------------------------------
+
+    def _build_stages(self) -> None:
+        ids: dict[str, int] = {}
+        for entry in self.pipeline.stages:
+            try:
+                stage_type = self.registry.get(entry.name)
+            except registry.StageError as error:
+                text, _, hint = str(error).partition("; ")
+                self.problem(entry.loc, text, hint, key=True)
+                continue
+            validated = validate_settings(stage_type.Settings, self.document, entry.loc, entry.settings)
+            if not isinstance(validated, BaseModel):
+                self.problems.extend(validated)
+                continue
+            assert isinstance(validated, Settings)
+            stage = stage_type(validated)
+            stage.id = entry.reserved.id or entry.name
+            ids[stage.id] = ids.get(stage.id, 0) + 1
+            if ids[stage.id] > 1:
+                if entry.reserved.id:
+                    self.problem(entry.loc, f"a second stage with the id {stage.id!r}", "write another id")
+                stage.id = f"{stage.id}_{ids[stage.id]}"
+            mode = entry.reserved.mode
+            partial = mode.kind == "enforce" and mode.percent < 100
+            stage.mode = int(mode.percent) if partial else mode.kind
+            self.entries.append((entry, stage))
+
+    def _bind_expressions(self) -> None:
+        facts: list[Fact] = [*BUILT_IN]
+        for _, stage in self.entries:
+            for fact in stage.facts:
+                facts.append(Fact(f"{stage.id}.{fact.name}", fact.type, fact.default, fact.phase, fact.scope, fact.help))
+        conditions = Conditions(facts, _listed(self.pipeline.tables, self.document, self.problems))
+        for entry, stage in self.entries:
+            for loc, expression in _found(stage.settings, Expression, entry.loc):
+                self._bind(conditions, expression, loc, entry, stage)
+            if entry.reserved.when is not None:
+                expression = entry.reserved.when
+                self._bind(conditions, expression, (*entry.loc, "when"), entry, stage)
+                self.when[stage] = expression
+            routes = [found.phase for _, found in _found(stage.settings, Expression, ())]
+            if hasattr(stage, "route") and not hasattr(stage, "route_phase"):
+                stage.route_phase = max([Phase.CONNECT, *routes])  # type: ignore[attr-defined]
+
+    def _bind(self, conditions: Conditions, expression: Expression, loc: Loc, entry: StageEntry, stage: Stage) -> None:
+        try:
+            names = conditions.compile(expression)
+        except ConditionError as error:
+            name = error.text.rpartition("undeclared reference to ")[2].strip("'") if "undeclared" in error.text else ""
+            hint = did_you_mean(name, conditions.facts) if name else ""
+            self.problem(loc, f"column {error.column} of {expression.text!r}: {error.text}",
+                         hint or "`gateway stages --facts` lists the facts")
+            return
+        for name in names:
+            fact = conditions.facts[name]
+            if fact.provided and not self._provided_before(stage, name):
+                provider = next((n for n in self.registry.names() if _provides(self.registry, n, name)), "")
+                self.problem(loc, f"{name} is known only if a stage before this one provides it",
+                             f"add {provider or 'such a stage'} above {entry.name}")
+            owner = name.partition(".")[0]
+            if fact.get is None and not any(s.id == owner for s in self._before(stage)):
+                self.problem(loc, f"{name} is set by a stage that comes later", f"move {owner} above {entry.name}")
+
+    def _before(self, stage: Stage) -> Iterable[Stage]:
+        for _, other in self.entries:
+            if other is stage:
+                return
+            if other.mode != "off":
+                yield other
+
+    def _provided_before(self, stage: Stage, name: str) -> bool:
+        return any(name in other.provides for other in self._before(stage))
+
+    # -- load checks ----------------------------------------------------------------------------------------
+
+    def _check_terminal(self) -> None:
+        terminals = [(entry, stage) for entry, stage in self.entries if stage.terminal]
+        if not terminals:
+            self.problem(("stages",), "no stage joins client and upstream", "end the list with splice", key=True)
+            return
+        for entry, _ in terminals[1:]:
+            self.problem(entry.loc, f"a second terminal stage {entry.name!r}", "one pipeline ends in one")
+        entry, stage = terminals[0]
+        if stage is not self.entries[-1][1]:
+            self.problem(entry.loc, f"{entry.name} ends the chain, but stages follow it", "write it last")
+        if stage.mode == "off" or stage in self.when:
+            self.problem(entry.loc, f"{entry.name} ends the chain and cannot be off or conditional",
+                         "remove its mode and when")
+
+    def _check_modes(self) -> None:
+        for entry, stage in self.entries:
+            reserved = entry.reserved
+            identity = stage.decides_identity or stage.kind is Kind.PLUMBING
+            if identity and stage.mode not in ("off", "enforce"):
+                self.problem((*entry.loc, "mode"), f"{entry.name} cannot be observed or enforced in part",
+                             "write off or enforce")
+            if reserved.on_error == "pass" and (stage.never_pass or stage.kind is Kind.GUARD):
+                self.problem((*entry.loc, "on_error"), f"{entry.name} guards and cannot fail open",
+                             "write tempfail, reject or disconnect")
+            if reserved.refuse_at is not None and not any(hasattr(stage, p.name.lower()) for p in POSTPONED):
+                self.problem((*entry.loc, "refuse_at"), f"{entry.name} refuses nothing before RCPT",
+                             "remove refuse_at")
+            if hasattr(stage, "message"):
+                self.problem(entry.loc, f"{entry.name} needs the content of messages, which this version does not read")
+
+    def _check_facts(self) -> None:
+        for entry, stage in self.entries:
+            for name in sorted(stage.requires):
+                if not self._provided_before(stage, name):
+                    self.problem(entry.loc, f"{entry.name} needs {name}", "add a stage that provides it above")
+            when = self.when.get(stage)
+            if when is None:
+                continue
+            phases = [phase for phase in _implemented(stage) if phase >= when.phase]
+            upstream = any(hasattr(stage, hook) for hook in ("upstream_connect", "upstream_ready", "upstream_login", "upstream_mail"))
+            if not phases and not upstream:
+                self.problem((*entry.loc, "when"),
+                             f"known from {when.phase.name.lower()} on, but {entry.name} is asked only before that",
+                             "use facts that are known earlier")
+            elif upstream and not phases:
+                self.problem((*entry.loc, "when"), f"{entry.name} works at the upstream and takes no condition",
+                             "route to another pool instead")
+
+    def _check_pools(self) -> None:
+        known = self.pipeline.upstreams
+        for entry, stage in self.entries:
+            for loc, name in _found(stage.settings, PoolName, entry.loc):
+                if name not in known:
+                    self.problem(loc, f"no pool named {str(name)!r} in upstreams", did_you_mean(name, known))
+        listening = {(listener.host or "127.0.0.1", listener.port) for listener in self._listeners() if not listener.path}
+        for name, pool in known.items():
+            for index, server in enumerate(pool.servers):
+                if (server.url.host, server.url.port) in listening and not server.url.path:
+                    self.problem(("upstreams", name, "servers", index),
+                                 f"{server.url} is a listener of this pipeline: mail would go in a circle",
+                                 "name the real server")
+
+    def _check_tls(self) -> None:
+        certificates = bool(self.pipeline.tls.certificates)
+        auth = [entry for entry, stage in self.entries if hasattr(stage, "mechanisms") and stage.mode != "off"]
+        for index, listener in enumerate(self._listeners()):
+            if listener.implicit_tls and not certificates:
+                self.problem(("listen", index), f"{listener.url} needs a certificate", "add tls.certificates")
+        if not certificates and not self.pipeline.allow_plaintext_auth and any(_required(stage) for _, stage in self.entries):
+            entry = auth[0]
+            self.problem(entry.loc, "AUTH is offered only under TLS, and there is no certificate",
+                         "add tls.certificates, or allow_plaintext_auth: true")
+        for entry, stage in self.entries:
+            if entry.name == "require_tls" and not certificates and stage.mode != "off":
+                self.problem(entry.loc, "nobody can use TLS here: there is no certificate", "add tls.certificates")
+
+    def _check_relay(self) -> None:
+        """The relay guard: no open relay by omission (design section 5)."""
+        stages = [stage for _, stage in self.entries if stage.mode == "enforce" and stage not in self.when]
+        if self.pipeline.relay == "open" or any(_required(stage) for stage in stages):
+            return
+        if any(stage.limits_recipients or stage.identifies_client for stage in stages):
+            return
+        if all(server.url.embedded for pool in self.pipeline.upstreams.values() for server in pool.servers):
+            return  # an embedded server delivers to its own Maildir only
+        self.problem(("stages",), "mail without login reaches the upstream with the gateway's own address, "
+                     "which the upstream may trust: an open relay",
+                     "add xclient, proxy_header, recipient_domains or a required login, or write relay: open", key=True)
+
+    # -- steps ----------------------------------------------------------------------------------------------
+
+    def _steps(self) -> dict[Phase, tuple[Step, ...]]:
+        steps: dict[Phase, list[Step]] = {phase: [] for phase in Phase}
+        for index, (entry, stage) in enumerate(self.entries):
+            if stage.mode == "off":
+                continue
+            own: list[Step] = []
+            when = self.when.get(stage)
+            needed = set(_needed(stage))
+            for phase in _implemented(stage):
+                if phase not in needed:
+                    continue
+                step = self._step(index, entry, stage, phase, when)
+                if when is not None:
+                    step.catch_up = tuple(one for one in own if one.phase in CAUGHT_UP)
+                own.append(step)
+                if when is None or phase >= when.phase:
+                    steps[phase].append(step)
+        return {phase: tuple(found) for phase, found in steps.items()}
+
+    def _step(self, index: int, entry: StageEntry, stage: Stage, phase: Phase, when: Expression | None) -> Step:
+        reserved = entry.reserved
+        postpone = phase in POSTPONED and stage.kind is Kind.CHECK and not stage.refuse_now
+        if reserved.refuse_at is not None:
+            postpone = phase in POSTPONED and reserved.refuse_at == "rcpt"
+        mode = stage.mode
+        enforce = 100 if mode == "enforce" else 0 if mode == "observe" else int(mode)
+        return Step(stage, index, phase, _bound(stage, phase), stage.kind is Kind.CHECK, enforce, when,
+                    reserved.timeout or stage.timeout, reserved.on_error or "tempfail", postpone)
+
+    # -- the grade ------------------------------------------------------------------------------------------
+
+    def _grade(self, chain: Chain) -> tuple[HandOff, str]:
+        """How long the conversation must be read, and because of whom."""
+        splice = self.entries[-1][1].settings
+        wanted = getattr(splice, "handoff", "auto")
+        if wanted == "never":
+            return HandOff.NEVER, "splice says handoff: never"
+        for steps, word in ((chain.mail, "MAIL"), (chain.rcpt, "RCPT"), (chain.data, "DATA")):
+            for step in steps:
+                if not (word == "MAIL" and getattr(step.stage, "first_only", False)):
+                    return HandOff.NEVER, f"{step.stage.id} is asked at each {word}"
+        if chain.upstream_mail:
+            return HandOff.NEVER, f"{chain.upstream_mail[0][0].id} speaks before each MAIL"
+        if any(getattr(stage, "counts_received", False) for stage in chain.stages):
+            return HandOff.NEVER, "Received fields are counted"
+        if self.pipeline.soft_bounce:
+            return HandOff.NEVER, "soft_bounce changes replies"
+        if self.pipeline.line_endings != "by_trust":
+            return HandOff.NEVER, "line_endings are asked for"
+        if chain.route_rcpt:
+            return HandOff.RCPT, f"{chain.route_rcpt[0].stage.id} needs the first recipient"
+        if any(route_phase(step.stage) >= Phase.MAIL for step in chain.route_early) or chain.mail:
+            return HandOff.MAIL, "the first MAIL is the last thing needed"
+        if any(_required(stage) for stage in chain.stages):
+            return HandOff.LOGIN, "nothing is needed after the login"
+        plain = any(not listener.implicit_tls for listener in self._listeners())
+        if chain.helo or chain.auth or chain.mechanisms or chain.capabilities or (plain and self._certificates()):
+            return HandOff.MAIL, "nothing is needed after MAIL"
+        if chain.secure or any(step.postpone for step in (*chain.connect, *chain.greeting)):
+            return HandOff.MAIL, "a refusal before the greeting is given at RCPT"
+        return HandOff.GREETING, "nothing is needed after the greeting"
+
+    # -- the result -----------------------------------------------------------------------------------------
+
+    def _certificates(self) -> bool:
+        return bool(self.pipeline.tls.certificates)
+
+    def _listeners(self) -> list[ListenerPlan]:
+        plans = []
+        for listener in self.pipeline.listen:
+            url = listener.url
+            plans.append(ListenerPlan(str(url), listener.name or str(url), url.host, url.port, url.path,
+                                      url.implicit_tls, listener.proxy_protocol == "required",
+                                      _keywords(listener)))
+        return plans
+
+    def _server_context(self, tls: Tls, loc: Loc) -> ServerContext | None:
+        if not tls.certificates:
+            return None
+        try:
+            return ServerContext(
+                [Certificate(str(pair.chain), str(pair.key)) for pair in tls.certificates],
+                client_ca=str(tls.client_ca) if tls.client_ca else None,
+                verify=tls.verify_client,
+                ciphers=tls.ciphers,
+                alpn=("smtp",),
+            )
+        except TlsConfigError as error:
+            raise ConfigError([Problem(self.document.place(loc), written_loc(loc), str(error))]) from None
+
+    def _listeners_with_tls(self) -> list[ListenerPlan]:
+        """The listeners with the certificates of those that have their own."""
+        return [
+            plan if own.tls is None else replace(plan, tls=self._server_context(own.tls, ("listen", index, "tls")))
+            for index, (plan, own) in enumerate(zip(self._listeners(), self.pipeline.listen, strict=True))
+        ]
+
+    def _default_pool(self) -> str:
+        named = getattr(self.entries[-1][1].settings, "pool", None)
+        if named:
+            return str(named)
+        return next(iter(self.pipeline.upstreams)) if len(self.pipeline.upstreams) == 1 else ""
+
+    def _result(self, chain: Chain, hand_off: HandOff, reason: str) -> Plan:
+        pipeline, stages = self.pipeline, chain.stages
+        required = any(_required(stage) for stage in stages)
+        received = [getattr(stage.settings, "max_hops", 0) for stage in stages if getattr(stage, "counts_received", False)]
+        limits = pipeline.limits
+        plan = Plan(
+            name=pipeline.name or Path(self.document.file).stem,
+            hostname=pipeline.hostname,
+            listeners=self._listeners_with_tls(),
+            chain=chain,
+            limits=limits,
+            pools={name: _pool_settings(pool) for name, pool in pipeline.upstreams.items()},
+            default_pool=self._default_pool(),
+            hand_off=hand_off,
+            grade="envelope" if hand_off is HandOff.NEVER else "opaque",
+            reason=reason,
+            rows=self._rows(),
+            tls=self._server_context(pipeline.tls, ("tls", "certificates")),
+            trust_proxy=Networks(pipeline.trust.proxy),
+            trust_xclient=Networks(pipeline.trust.xclient),
+            debug_clients=Networks(pipeline.log.debug_clients),
+            allow_plaintext_auth=pipeline.allow_plaintext_auth,
+            auth_required=required,
+            login_decides=any(getattr(stage, "login_decides", False) for stage in stages),
+            line_endings=pipeline.line_endings,
+            soft_bounce=pipeline.soft_bounce,
+            reply_id=pipeline.reply_id,
+            always_hand_off=getattr(self.entries[-1][1].settings, "handoff", "auto") == "always",
+            sends_proxy_header=bool(chain.upstream_connect),
+            max_received=max(received, default=0),
+            end_of_data=limits.end_of_data_timeout or (LOGIN_GRACE if required else OTHER_GRACE),
+            resolvers=[(one.host, one.port) for one in pipeline.resolvers],
+        )
+        if plan.always_hand_off:
+            plan.warnings.append("splice.handoff: always: the client may inherit what the upstream trusts the gateway with")
+        for listener in plan.listeners:
+            if listener.capabilities is not None:
+                plan.warnings.append(f"{listener.url}: capabilities are written by hand, not computed: "
+                                     "what is announced there may not be carried")
+        return plan
+
+    def _rows(self) -> list[Row]:
+        rows = []
+        for entry, stage in self.entries:
+            hooks = [name for name in hook_names(stage)]
+            needed = {phase.name.lower() for phase in _needed(stage)}
+            when = self.when.get(stage)
+            phases = [name for name in hooks if name not in _PHASE_NAMES or name in needed]
+            if when is not None:
+                phases = [n for n in phases if n not in _PHASE_NAMES or Phase[n.upper()] >= when.phase]
+            mode = stage.mode if isinstance(stage.mode, str) else f"{stage.mode}%"
+            provides = sorted(stage.provides) + [f"{stage.id}.{fact.name}" for fact in stage.facts]
+            rows.append(Row(stage.id, stage.kind.value, " ".join(phases), when.text if when else "", mode,
+                            " ".join(provides), " ".join(sorted(stage.requires))))
+        return rows
+
+
+_PHASE_NAMES = frozenset(phase.name.lower() for phase in Phase)
+_HOOKS = (*[phase.name.lower() for phase in Phase], "capabilities", "mechanisms", "upstream_connect", "upstream_ready",
+          "upstream_login", "upstream_mail")
+
+
+def hook_names(stage: Stage | type[Stage]) -> list[str]:
+    return [name for name in _HOOKS if hasattr(stage, name)]
+
+
+def _implemented(stage: Stage) -> list[Phase]:
+    return [phase for phase in Phase if hasattr(stage, phase.name.lower())]
+
+
+def _needed(stage: Stage) -> list[Phase]:
+    """The phases the stage's settings need: its own word if it has one."""
+    own = getattr(stage, "phases", None)
+    if own is None:
+        return _implemented(stage)
+    return [Phase[name.upper()] for name in own()]
+
+
+def _required(stage: Stage) -> bool:
+    return hasattr(stage, "mechanisms") and stage.mode != "off" and bool(getattr(stage, "required", False))
+
+
+def _provides(known: registry.Registry, name: str, fact: str) -> bool:
+    try:
+        return fact in known.get(name).provides
+    except registry.StageError:
+        return False
+
+
+def _bound(stage: Stage, phase: Phase) -> Call:
+    """The stage's method with the one signature the chain uses; a method may take fewer arguments than its spec."""
+    method = getattr(stage, phase.name.lower())
+    parameters = list(inspect.signature(method).parameters)
+    subject = TWO_ARGUMENTS.get(phase)
+    if parameters == ["session", subject]:
+        return method  # type: ignore[no-any-return]
+    if parameters == ["session"]:
+        return lambda session, _: method(session)
+    if parameters == [subject]:
+        return lambda _, given: method(given)
+    return lambda session, _: method()
+
+
+def _found(value: object, wanted: type, loc: Loc) -> Iterable[tuple[Loc, object]]:  # type: ignore[type-arg]
+    """Every object of a type inside settings, with its place in the document."""
+    if isinstance(value, wanted):
+        yield loc, value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _found(getattr(value, name), wanted, (*loc, name))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _found(item, wanted, (*loc, index))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _found(item, wanted, (*loc, str(key)))
+
+
+def _keywords(listener: ListenerModel) -> dict[str, str] | None:
+    """The typed exception to computed capabilities: exactly these lines."""
+    if listener.capabilities is None:
+        return None
+    pairs = (line.partition(" ") for line in listener.capabilities)
+    return {keyword.upper(): parameters for keyword, _, parameters in pairs}
+
+
+def _listed(tables: Mapping[str, Table], document: Document, problems: list[Problem]) -> Callable[[str, str], bool]:
+    """`listed(list, s)` over the pipeline's tables: inline lists and files that are re-read when they change."""
+    lists: dict[str, ListFile] = {}
+    for name, source in tables.items():
+        try:
+            lists[name] = ListFile(source.file if source.file is not None else source.entries)
+        except (OSError, ValueError) as error:
+            loc = ("tables", name)
+            problems.append(Problem(document.place(loc), written_loc(loc), str(error)))
+
+    def listed(name: str, text: str) -> bool:
+        table = lists.get(name)
+        return table is not None and text.lower() in table
+
+    return listed
+
+
+_BALANCE = {"hash_client": "client", "hash_user": "user", "hash_domain": "domain"}
+
+
+def _pool_settings(pool: PoolModel) -> PoolSettings:
+    return PoolSettings(
+        servers=tuple((str(server.url), server.weight) for server in pool.servers),
+        balance=_BALANCE.get(pool.balance, pool.balance),  # type: ignore[arg-type]
+        max_connections=pool.max_connections,
+        queue=pool.queue,
+        queue_timeout=pool.queue_timeout,
+        tls=pool.tls,
+        verify=pool.verify,
+        ca_file=str(pool.ca_file) if pool.ca_file else None,
+        server_name=pool.server_name,
+        source=pool.source,
+        reuse=pool.reuse is not None,
+        assume=tuple(pool.capabilities.assume) if pool.capabilities else None,
+        connect_timeout=pool.connect_timeout,
+        command_timeout=pool.command_timeout,
+    )

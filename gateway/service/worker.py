@@ -1,0 +1,282 @@
+"""A worker: opens the listeners of its pipelines, serves their sessions, stops politely.
+
+`Worker.open` does everything that can fail before the first connection is accepted: it binds, starts the
+embedded upstreams, builds the pools, starts the stages, learns what the upstreams announce. A process tree can
+be put around this one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from gateway.dns.resolver import Resolver
+from gateway.frontend.served import Served
+from gateway.frontend.smtp import SmtpConversation
+from gateway.pipeline.compile import ListenerPlan, Plan
+from gateway.relay.wire import Wire
+from gateway.session import Listener
+from gateway.sink.process import EmbeddedServer
+from gateway.state.memory import MemoryStore
+from gateway.state.store import Store
+from gateway.upstream.pool import Pool, Pools
+from gateway.upstream.probe import Health, learn
+from gateway.upstream.profile import ProfileStore
+
+log = structlog.get_logger("gateway.worker")
+
+ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # no 0, O, 1, I: ids are read out on the telephone
+BACKLOG = 511
+LEARN_TIMEOUT = 5.0
+SWEEP_SECONDS = 1.0
+
+
+class StartError(Exception):
+    """The worker cannot start; the text says which listener, upstream or stage, and why."""
+
+
+def new_id() -> str:
+    """A session id: seven characters, `7KQ2-M9X`; 32^7 of them."""
+    text = "".join(ID_ALPHABET[byte & 31] for byte in secrets.token_bytes(7))
+    return f"{text[:4]}-{text[4:]}"
+
+
+class StageWorker:
+    """What the stages of one pipeline get at `start` (`gateway.Worker`)."""
+
+    def __init__(self, plan: Plan, store: Store, loop: asyncio.AbstractEventLoop) -> None:
+        self.store = store
+        self.loop = loop
+        self.clock: Callable[[], float] = loop.time
+        self.hostname = plan.hostname
+        self.resolver = Resolver(plan.resolvers or None)
+        self.log = structlog.get_logger("gateway.stage").bind(pipeline=plan.name)
+
+
+class ServedPipeline:
+    """One pipeline of this worker: its plan, its listening sockets, its sessions."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sockets: list[tuple[ListenerPlan, socket.socket]] = []
+        self.servers: list[asyncio.Server] = []
+        self.embedded: list[EmbeddedServer] = []
+        self.conversations: set[SmtpConversation] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.health: list[Health] = []
+        self.started: list[object] = []
+        self.stage_worker: StageWorker | None = None
+        self.served: Served | None = None
+
+    # -- start ----------------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Bind every listener; nothing is accepted yet. Raises StartError."""
+        for listener in self.plan.listeners:
+            try:
+                self.sockets.append((listener, _bound(listener)))
+            except OSError as error:
+                raise StartError(f"{listener.url}: cannot listen: {error.strerror or error}") from None
+
+    async def prepare(self, store: Store, profiles: ProfileStore) -> None:
+        """Embedded upstreams, pools, stages. Raises StartError."""
+        plan = self.plan
+        loop = asyncio.get_running_loop()
+        pools = {name: Pool(name, self._settings(name), clock=loop.time, store=profiles) for name in plan.pools}
+        self.stage_worker = StageWorker(plan, store, loop)
+        self.served = Served(
+            name=plan.name,
+            hostname=plan.hostname,
+            instance=secrets.token_hex(4),
+            chain=plan.chain,
+            limits=plan.limits,
+            pools=Pools(pools, dynamic=plan.dynamic_pool, clock=loop.time),
+            pool=pools.get(plan.default_pool),
+            hand_off=plan.hand_off,
+            new_id=new_id,
+            tls=plan.tls,
+            trust_proxy=plan.trust_proxy,
+            trust_xclient=plan.trust_xclient,
+            debug_clients=plan.debug_clients,
+            allow_plaintext_auth=plan.allow_plaintext_auth,
+            auth_required=plan.auth_required,
+            login_decides=plan.login_decides,
+            line_endings=plan.line_endings,
+            soft_bounce=plan.soft_bounce,
+            reply_id=plan.reply_id,
+            always_hand_off=plan.always_hand_off,
+            max_received=plan.max_received,
+            end_of_data=plan.end_of_data,
+        )
+        for stage in plan.chain.stages:
+            start = getattr(stage, "start", None)
+            if start is None:
+                continue
+            try:
+                await start(self.stage_worker)
+            except Exception as error:
+                raise StartError(f"{plan.name}: stage {stage.id} does not start: {type(error).__name__}: {error}") from error
+            self.started.append(stage)
+        for pool in pools.values():
+            self.health.append(Health(pool, hostname=plan.hostname, instance=self.served.instance,
+                                      proxy_header=plan.sends_proxy_header, interval=plan.health_interval))
+
+    def _settings(self, name: str) -> object:
+        """The pool's settings, with its embedded servers running and in place of their URLs."""
+        settings = self.plan.pools[name]
+        servers = []
+        for url, weight in settings.servers:
+            if url.startswith("embedded://"):
+                embedded = EmbeddedServer()
+                try:
+                    url = embedded.start(Path(url.removeprefix("embedded://")))
+                except (OSError, RuntimeError, TimeoutError) as error:
+                    raise StartError(f"{url}: the embedded server does not start: {error}") from None
+                self.embedded.append(embedded)
+            servers.append((url, weight))
+        return replace(settings, servers=tuple(servers))
+
+    async def learn(self) -> None:
+        """Ask the upstreams what they announce, before the first greeting; those that are down may be so."""
+        assert self.served is not None
+        await asyncio.gather(*(learn(health, LEARN_TIMEOUT) for health in self.health))
+        for health in self.health:
+            health.start()
+
+    async def accept(self) -> None:
+        """Open the doors."""
+        loop = asyncio.get_running_loop()
+        for plan, sock in self.sockets:
+            listener = Listener(plan.url, name=plan.name, protocol="smtp", implicit_tls=plan.implicit_tls,
+                                proxy_protocol=plan.proxy_protocol, login_required=self.plan.auth_required)
+
+            def factory(listener: Listener = listener) -> Wire:
+                return Wire(loop, lambda wire: self._connected(wire, listener))
+
+            self.servers.append(await loop.create_server(factory, sock=sock, backlog=BACKLOG)
+                                if sock.family != socket.AF_UNIX
+                                else await loop.create_unix_server(factory, sock=sock, backlog=BACKLOG))
+
+    def _connected(self, wire: Wire, listener: Listener) -> None:
+        assert self.served is not None
+        conversation = SmtpConversation(wire, self.served, listener)
+        self.served.sessions += 1
+        task = asyncio.get_running_loop().create_task(conversation.run())
+        self.conversations.add(conversation)
+        self.tasks.add(task)
+        task.add_done_callback(lambda done: self._over(done, conversation))
+
+    def _over(self, task: asyncio.Task[None], conversation: SmtpConversation) -> None:
+        assert self.served is not None
+        self.served.sessions -= 1
+        self.tasks.discard(task)
+        self.conversations.discard(conversation)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("internal_error", error=repr(task.exception()))
+
+    # -- stop -----------------------------------------------------------------------------------------------
+
+    async def stop(self, grace: float) -> None:
+        """Stop accepting, let sessions finish their transaction, close the rest after `grace` seconds."""
+        for server in self.servers:
+            server.close()
+        if self.served is not None:
+            self.served.draining = True
+        for conversation in tuple(self.conversations):
+            conversation.drain()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=grace)
+        for task in tuple(self.tasks):
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=5.0)
+        await self.release()
+
+    async def release(self) -> None:
+        """Give back everything but sessions."""
+        for _, sock in self.sockets:
+            path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+            sock.close()
+            if isinstance(path, str) and path and os.path.exists(path):
+                os.unlink(path)
+        for health in self.health:
+            await health.stop()
+        for stage in self.started:
+            stop = getattr(stage, "stop", None)
+            if stop is not None:
+                await stop()
+        if self.served is not None:
+            self.served.pools.close_idle()
+        if self.stage_worker is not None:
+            self.stage_worker.resolver.close()
+        for embedded in self.embedded:
+            embedded.stop()
+
+
+class Worker:
+    """All pipelines of the process."""
+
+    def __init__(self, plans: Sequence[Plan], profiles: Path | None = None) -> None:
+        self.pipelines = [ServedPipeline(plan) for plan in plans]
+        self.profiles = ProfileStore(profiles)
+
+    async def open(self) -> None:
+        """Bind, prepare, learn, accept; on a failure everything is given back. Raises StartError."""
+        store = MemoryStore(asyncio.get_running_loop().time)
+        try:
+            for pipeline in self.pipelines:
+                pipeline.bind()
+            for pipeline in self.pipelines:
+                await pipeline.prepare(store, self.profiles)
+            await asyncio.gather(*(pipeline.learn() for pipeline in self.pipelines))
+            for pipeline in self.pipelines:
+                await pipeline.accept()
+        except BaseException:
+            for pipeline in self.pipelines:
+                await pipeline.stop(0.0)
+            raise
+        for pipeline in self.pipelines:
+            log.info("start", pipeline=pipeline.plan.name, listen=[plan.url for plan, _ in pipeline.sockets],
+                     grade=pipeline.plan.grade, stages=[stage.id for stage in pipeline.plan.chain.stages],
+                     time=round(time.time()))
+
+    async def close(self, grace: float) -> None:
+        """Stop every pipeline."""
+        await asyncio.gather(*(pipeline.stop(grace) for pipeline in self.pipelines))
+        log.info("stop")
+
+
+def _bound(listener: ListenerPlan) -> socket.socket:
+    if listener.path:
+        if os.path.exists(listener.path) and stat.S_ISSOCK(os.stat(listener.path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(listener.path) != 0:
+                    os.unlink(listener.path)  # left behind by a process that is gone
+        sock = socket.socket(socket.AF_UNIX)
+        address: str | tuple[str, int] = listener.path
+    else:
+        family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
+        if not listener.host:
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if not listener.host else 1)
+        address = (listener.host, listener.port)
+    try:
+        sock.setblocking(False)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

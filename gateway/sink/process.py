@@ -1,0 +1,114 @@
+"""Starts and stops the embedded upstream for the gateway: one child process, one private unix socket.
+
+The child holds one end of a socket pair and ends when ours is closed, however we end. It is a new session, so that
+Ctrl-C at a terminal reaches the gateway only, which stops the child after its last session.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+START_TIMEOUT: Final = 20.0
+STOP_TIMEOUT: Final = 5.0
+_LONGEST_PATH: Final = 100  # a unix socket's path ends at 107 octets
+
+_PACKAGE_ROOT: Final = str(Path(__file__).resolve().parents[2])
+
+
+class EmbeddedServer:
+    """One embedded upstream; needs no event loop."""
+
+    def __init__(self, hostname: str = "sink.localhost") -> None:
+        self._hostname = hostname
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline: socket.socket | None = None
+        self._folder = ""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None while it is not started."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, maildir: str | os.PathLike[str], timeout: float = START_TIMEOUT) -> str:
+        """Start it and wait until it listens: its address, `unix:/path`.
+
+        Raises RuntimeError if it ends instead, with its reason, TimeoutError if it is not ready in time; nothing of
+        it is left then.
+        """
+        if self._process is not None:
+            raise RuntimeError("the embedded server is started already")
+        self._folder = tempfile.mkdtemp(prefix="gateway-sink-")
+        if len(self._folder) > _LONGEST_PATH:
+            os.rmdir(self._folder)
+            self._folder = tempfile.mkdtemp(prefix="gateway-sink-", dir="/tmp")
+        self._lifeline, theirs = socket.socketpair()
+        command = [
+            sys.executable, "-P", "-m", "gateway.sink", "--maildir", os.path.abspath(maildir),
+            "--listen", f"unix:{self._folder}/smtp", "--hostname", self._hostname, "--ready-fd", str(theirs.fileno()),
+        ]  # fmt: skip
+        path = os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH"))))
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONPATH": path},
+                )
+            return self._address(self._lifeline, timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End it, by its own process id. Idempotent."""
+        process, self._process = self._process, None
+        lifeline, self._lifeline = self._lifeline, None
+        if process is not None:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if lifeline is not None:
+            lifeline.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = ""
+
+    def _address(self, lifeline: socket.socket, timeout: float) -> str:
+        deadline = time.monotonic() + timeout
+        line = b""
+        while not line.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"the embedded server was not ready after {timeout:g} seconds")
+            lifeline.settimeout(left)
+            try:
+                data = lifeline.recv(4096)
+            except TimeoutError:
+                continue
+            if not data:
+                raise RuntimeError("the embedded server ended; its standard error says why")
+            line += data
+        word, _, rest = line.decode("utf-8", "replace").strip().partition(" ")
+        if word != "listening":
+            raise RuntimeError(rest or "the embedded server ended; its standard error says why")
+        return rest

@@ -1,0 +1,136 @@
+"""What a stage is: a class with settings and methods named after phases (`hookspecs.py` has their contract)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from gateway.facts import Fact
+from gateway.protocol.sasl import Certificate, Digest, Password, Token
+from gateway.protocol.smtp import Reply
+
+if TYPE_CHECKING:
+    import asyncio
+
+    import structlog
+
+    from gateway.dns.resolver import Resolver
+    from gateway.session import Session
+    from gateway.state.store import Store
+    from gateway.verdicts import Cause
+
+
+class Kind(Enum):
+    """What a stage is for; `Allow` skips checks only, and guards cannot be told to fail open."""
+
+    GUARD = "guard"
+    CHECK = "check"
+    PLUMBING = "plumbing"
+
+
+class Settings(BaseModel):
+    """Base of every stage's settings: unknown keys are errors, values do not change after the load.
+
+    `short_form` names the one setting that `name: value` sets in a pipeline file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    short_form: ClassVar[str | None] = None
+
+
+class Worker(Protocol):
+    """What `start` gets: the services of the worker process."""
+
+    @property
+    def store(self) -> Store: ...
+    @property
+    def resolver(self) -> Resolver: ...
+    @property
+    def clock(self) -> Callable[[], float]: ...
+    @property
+    def log(self) -> structlog.typing.FilteringBoundLogger: ...
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+    @property
+    def hostname(self) -> str: ...
+
+
+class Attempt(Protocol):
+    """One AUTH of a client: what it gave, and a way to send a failure challenge (OAuth) before the end."""
+
+    @property
+    def credentials(self) -> Password | Digest | Token | Certificate: ...
+    @property
+    def number(self) -> int: ...
+    async def challenge(self, data: bytes) -> bytes: ...
+
+
+class Peer(Protocol):
+    """The upstream server while its prelude runs.
+
+    `local` is true over unix sockets and loopback; `tls` once the connection is encrypted and, where the pool
+    asks for it, verified. `extensions` is the last EHLO: keyword to parameters.
+    """
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def local(self) -> bool: ...
+    @property
+    def tls(self) -> bool: ...
+    @property
+    def extensions(self) -> dict[str, str]: ...
+    @property
+    def address(self) -> tuple[str, int]: ...
+    @property
+    def local_address(self) -> tuple[str, int]: ...
+    def write(self, data: bytes) -> None: ...
+    async def command(self, line: bytes, *, secret: bool = False) -> Reply: ...
+    async def hello(self, name: str = "") -> Reply: ...
+    def before_mail(self, line: bytes, expect: Callable[[Reply], None] | None = None) -> None: ...
+    def identified(self) -> None: ...
+
+
+class Outcome:
+    """What was decided in a phase, for `settled`: the phase, the reply's first digit, cause and stage if refused."""
+
+    __slots__ = ("cause", "phase", "reply", "reply_class", "stage")
+
+    def __init__(self, phase: str, reply_class: int, cause: Cause | None, stage: str, reply: Reply | None) -> None:
+        self.phase = phase
+        self.reply_class = reply_class
+        self.cause = cause
+        self.stage = stage
+        self.reply = reply
+
+
+class Stage:
+    """A configured step of the chain. One object per configured stage and worker.
+
+    Subclasses set `Settings` and implement phases; every public method must be one of `hookspecs.py`.
+    `facts` are those of its own (`<id>.<name>`), `provides` names facts of the table that it fills in,
+    `requires` those it reads. `identity_guard` stages take only `mode: off | enforce`.
+    """
+
+    Settings: ClassVar[type[Settings]] = Settings
+    kind: ClassVar[Kind] = Kind.CHECK
+    facts: ClassVar[tuple[Fact, ...]] = ()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    terminal: ClassVar[bool] = False
+    decides_identity: ClassVar[bool] = False  # auth_*, route, upstream_*, terminal: mode is off or enforce
+    never_pass: ClassVar[bool] = False  # on_error: pass is a load error
+    limits_recipients: ClassVar[bool] = False  # counts for the relay guard
+    identifies_client: ClassVar[bool] = False  # hands the client's identity upstream: counts for the relay guard
+    refuse_now: ClassVar[bool] = False  # its early refusals are not postponed to RCPT
+    timeout: ClassVar[float] = 5.0
+    message_timeout: ClassVar[float] = 5.0
+
+    id: str
+    mode: Literal["off", "observe", "enforce"] | int = "enforce"
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings

@@ -1,0 +1,179 @@
+"""One upstream server: where it is, how it does, what it last announced, and its idle connections.
+
+Plain state that the pool, the prelude and the probe read and write; it opens nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections import deque
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateway.protocol.smtp import Ehlo
+    from gateway.upstream.smtp import Connection
+
+Address = tuple[str, int] | str
+"""Numeric host and port, or the path of a unix socket."""
+
+DEFAULT_PORTS = {"smtp": 25, "smtps": 465}
+FRESH_SECONDS = 60.0
+STALE_SECONDS = 600.0
+RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server's URL in parts: `path` of a unix socket, else `host` (no brackets) and `port`."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"{self.scheme}+unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def parse_server(url: str) -> Target:
+    """Read `smtp://host[:port]`, `smtps://...`, `[smtp+]unix:/path` or a bare `host[:port]`.
+
+    IPv6 addresses stand in brackets. Raises ValueError with a text for the administrator. Servers come from the
+    pipeline file and from auth servers, so this does not rely on the configuration's checks.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "smtp", url
+        head, unix, path = url.partition("unix:")
+        if unix and head in ("", "smtp+", "smtps+"):
+            if not path.startswith("/") or "\0" in path:
+                raise ValueError(f"{url!r}: unix: needs an absolute path")
+            return Target(head.rstrip("+") or "smtp", "", 0, "/" + path.lstrip("/"))
+    if scheme not in DEFAULT_PORTS:
+        raise ValueError(f"{url!r}: unknown scheme {scheme!r}; smtp, smtps and unix are known")
+    host, port = _host_and_port(url, rest.removesuffix("/"))
+    return Target(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, "")
+
+
+def _host_and_port(url: str, text: str) -> tuple[str, int | None]:
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            raise ValueError(f"{url!r}: an IPv6 address is written [address]:port")
+        try:
+            host = ipaddress.IPv6Address(host).compressed
+        except ValueError:
+            raise ValueError(f"{url!r}: {host!r} is no IPv6 address") from None
+        port = rest[1:] if rest else None
+    else:
+        host, colon, digits = text.partition(":")
+        port = digits if colon else None
+        if port is not None and ":" in port:
+            raise ValueError(f"{url!r}: an IPv6 address is written [address]:port")
+    if not host or not host.isprintable() or any(c in host for c in " /@?#"):
+        raise ValueError(f"{url!r}: no host name or address")
+    if port is None:
+        return host.lower(), None
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"{url!r}: {port!r} is no port (1 to 65535)")
+    return host.lower(), int(port)
+
+
+class Server:
+    """One server of a pool.
+
+    `active` connections are in use, `idle` ones wait for reuse. `failures` in a row; before `ejected_until`
+    (pool's clock) no session goes there, and for a while after it fewer do; `resting_until` see `Pool.failed`.
+    `down` is the health check's word. `ehlo` is the last EHLO that the gateway saw in its own state: after TLS,
+    before it speaks for a client.
+    """
+
+    __slots__ = (
+        "_addresses", "_fresh_until", "_lookup", "active", "down", "ehlo", "ejected_until", "failures", "idle",
+        "implicit_tls", "key", "last_error", "local", "numeric", "resting_until", "share", "target", "turn",
+        "url", "weight",
+    )  # fmt: skip
+
+    def __init__(self, url: str, weight: int = 1) -> None:
+        self.target = parse_server(url)
+        if weight < 1:
+            raise ValueError(f"{url!r}: weight {weight} is less than 1")
+        self.url = str(self.target)
+        self.key = blake2b(self.url.encode(), digest_size=16).digest()
+        self.weight = weight
+        self.implicit_tls = self.target.scheme == "smtps"
+        self.numeric = _is_numeric(self.target.host)
+        self.local = bool(self.target.path) or (self.numeric and ipaddress.ip_address(self.target.host).is_loopback)
+        self.active = 0
+        self.idle: deque[Connection] = deque()
+        self.failures = 0
+        self.ejected_until = float("-inf")
+        self.resting_until = float("-inf")
+        self.down = False
+        self.last_error = ""
+        self.ehlo: Ehlo | None = None
+        self.share = 0.0
+        self.turn = 0
+        self._addresses: list[Address] = []
+        self._fresh_until = float("-inf")
+        self._lookup: asyncio.Task[list[Address]] | None = None
+
+    def available(self, now: float) -> bool:
+        """Whether sessions may go there now (it may still be busy)."""
+        return not self.down and self.ejected_until <= now and self.resting_until <= now
+
+    async def addresses(self) -> list[Address]:
+        """Where to connect, in order of preference.
+
+        Names are looked up once a minute. An answer of the last ten minutes is used while the next is fetched,
+        and longer where that fails. Raises OSError (gaierror) for a name that never resolved.
+        """
+        if self.target.path:
+            return [self.target.path]
+        if self.numeric:
+            return [(self.target.host, self.target.port)]
+        loop = asyncio.get_running_loop()
+        age = loop.time() - self._fresh_until
+        if age < 0:
+            return self._addresses
+        lookup = self._lookup
+        if lookup is None:
+            lookup = self._lookup = loop.create_task(self._resolve(loop))
+            lookup.add_done_callback(self._looked_up)
+        if self._addresses and age < STALE_SECONDS:
+            return self._addresses
+        return await asyncio.shield(lookup)
+
+    async def _resolve(self, loop: asyncio.AbstractEventLoop) -> list[Address]:
+        try:
+            found = await loop.getaddrinfo(self.target.host, self.target.port, type=1)  # SOCK_STREAM
+        except OSError:
+            if not self._addresses:
+                raise
+            self._fresh_until = loop.time() + RETRY_SECONDS
+            return self._addresses
+        self._addresses = list(dict.fromkeys((str(entry[4][0]), int(entry[4][1])) for entry in found))
+        self._fresh_until = loop.time() + FRESH_SECONDS
+        return self._addresses
+
+    def _looked_up(self, task: asyncio.Task[list[Address]]) -> None:
+        self._lookup = None
+        if not task.cancelled():
+            task.exception()  # seen here, so that a look-up nobody waited for is not reported as lost
+
+    def __repr__(self) -> str:
+        return f"<Server {self.url} active={self.active} failures={self.failures}>"
+
+
+def _is_numeric(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
