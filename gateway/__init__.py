@@ -14,7 +14,20 @@ stages in the file's order; a stage answers None (go on) or a *verdict*. What is
 `hookspecs.py` is the contract of each method, `gateway.testing` has what a stage's tests need.
 """
 
-from gateway.config.values import Cidr, CidrList, Duration, Percent, PathValue, Rate, Secret, Size
+from gateway.config.values import (
+    Cidr,
+    CidrList,
+    Condition,
+    Duration,
+    ExistingFile,
+    PathValue,
+    Percent,
+    PoolReference,
+    Rate,
+    Secret,
+    Size,
+    TextExpression,
+)
 from gateway.facts import EvaluationError, Expression, Fact, FactValue, Phase, Scope
 from gateway.protocol.sasl import Certificate, Digest, Password, Token
 from gateway.protocol.smtp import Reply, domain_of
@@ -36,9 +49,9 @@ from gateway.verdicts import (
 )
 
 __all__ = [
-    "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client", "Digest",
-    "Discard", "Duration", "Edit", "EvaluationError", "Expression", "Fact", "FactValue", "Hold", "Kind", "ListFile",
-    "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase", "Rate", "Recipient", "Refuse", "Reply",
-    "Rewrite", "Scope", "Secret", "Session", "Settings", "Size", "Stage", "Token", "Transaction", "Upstream",
+    "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client", "Condition", "Digest",
+    "Discard", "Duration", "Edit", "EvaluationError", "ExistingFile", "Expression", "Fact", "FactValue", "Hold", "Kind", "ListFile",
+    "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase", "PoolReference", "Rate", "Recipient", "Refuse", "Reply",
+    "Rewrite", "Scope", "Secret", "Session", "Settings", "Size", "Stage", "TextExpression", "Token", "Transaction", "Upstream",
     "Verdict", "Worker", "domain_of",
 ]  # fmt: skip

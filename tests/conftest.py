@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 
@@ -14,3 +16,16 @@ import pytest
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
     """The loops an async test runs on."""
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def tls_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate chain and key for gateway.test and 127.0.0.1, as PEM files."""
+    import trustme
+
+    folder = tmp_path_factory.mktemp("tls")
+    leaf = trustme.CA().issue_cert("gateway.test", "127.0.0.1")
+    chain, key = folder / "gateway.crt", folder / "gateway.key"
+    chain.write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+    key.write_bytes(leaf.private_key_pem.bytes())
+    return chain, key

@@ -179,7 +179,7 @@ def _parse_address(value: object, form: _Form) -> tuple[str, str, int, str]:
 def _check_scheme(scheme: str, value: str, form: _Form) -> str:
     if scheme in SCHEMES:
         return scheme
-    named = " or ".join((*SCHEMES, "embedded")) if form.server else " or ".join(SCHEMES)
+    named = "smtp, smtps or embedded" if form.server else "smtp or smtps"
     if scheme in LATER_SCHEMES:
         raise NotA(form.kind, form.example, f"scheme {scheme!r} is not available in this version", f"write {named}")
     raise NotA(form.kind, form.example, f"{shown(value)} has the unknown scheme {scheme!r}", f"write {named}")

@@ -57,6 +57,13 @@ class Document:
                 found = (*found, step)
         return found
 
+    def value(self, loc: Loc) -> object:
+        """The value at `loc`, expanded; of the innermost that exists."""
+        value: object = self.data
+        for step in self.walk(loc):
+            value = value[step]  # type: ignore[index]
+        return value
+
     def place(self, loc: Loc, key: bool = False) -> Place:
         """Where the value at `loc` begins, or its key; of the innermost value that exists."""
         found = self.walk(loc)

@@ -225,9 +225,11 @@ def _problem(fault: _Fault, document: Document, prefix: Loc, model: type[BaseMod
 
 def _quoted(fault: _Fault, document: Document) -> str:
     """The value as it may be printed."""
-    value = fault.error["input"]
+    given, written = fault.error["input"], document.value(fault.at)
+    if isinstance(given, (list, dict)) or isinstance(written, (list, dict)):
+        return shown(given)
     expanded = document.expanded(fault.at)
-    return shown(expanded[0][1]) if expanded and not isinstance(value, (list, dict)) else shown(value)
+    return shown(expanded[0][1] if expanded else written)
 
 
 def _worded(fault: _Fault, document: Document) -> tuple[str, str]:
@@ -243,7 +245,8 @@ def _worded(fault: _Fault, document: Document) -> tuple[str, str]:
         return cause.text, cause.suggestion
     if error["type"] in _TEXTS:
         text, suggestion = _TEXTS[error["type"]]
-        text, suggestion = text.format(v=value, **context), suggestion.format(v=value, **context)
+        words = {name: f"{word:g}" if isinstance(word, float) else word for name, word in context.items()}
+        text, suggestion = text.format(v=value, **words), suggestion.format(v=value, **words)
         return _vague(value) if _repeats(text + suggestion, secret) else (text, suggestion)
     if error["type"] in ("literal_error", "enum"):
         choices = _choices(error)
@@ -257,10 +260,10 @@ def _worded(fault: _Fault, document: Document) -> tuple[str, str]:
     if error["type"] in _PYDANTIC:
         return _vague(value)
     # a stage's own words
-    words = str(cause) if cause is not None else error["msg"]
-    if _repeats(words, secret):
+    own = str(cause) if cause is not None else error["msg"]
+    if _repeats(own, secret):
         return _vague(value)
-    text, _, suggestion = words.partition("; ")
+    text, _, suggestion = own.partition("; ")
     return text or f"{value} does not fit", suggestion
 
 

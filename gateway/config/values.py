@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -195,21 +194,24 @@ def parse_percent(value: object) -> float:
     return float(match[1])
 
 
+# Before, not plain, validators: what a setting adds (`Field(gt=0)`) is checked behind them.
 Duration = Annotated[
     float,
-    PlainValidator(parse_duration),
+    BeforeValidator(parse_duration),
     WithJsonSchema(
         json_schema(_DURATION.pattern, "A duration: 1s, 250ms, 5m, 1h, 1d; a bare number is seconds.", "number")
     ),
 ]
 Size = Annotated[
     int,
-    PlainValidator(parse_size),
+    BeforeValidator(parse_size),
     WithJsonSchema(
         json_schema(r"\d+[kKmMgG]?([iI]?[bB])?", "A size: 64k, 10MiB, 1G (k = 1024); a number is octets.", "integer")
     ),
 ]
-Percent = Annotated[float, PlainValidator(parse_percent), WithJsonSchema(json_schema(r"\d+(\.\d+)?%", "A share: 25%."))]
+Percent = Annotated[
+    float, BeforeValidator(parse_percent), WithJsonSchema(json_schema(r"\d+(\.\d+)?%", "A share: 25%."))
+]
 
 
 # Networks and addresses
@@ -270,20 +272,23 @@ def parse_path(value: object, info: ValidationInfo) -> Path:
     return Path(os.path.abspath(Path(context.get("folder", ".")) / Path(value).expanduser()))
 
 
-def _existing_file(path: Path) -> Path:
+def parse_file(value: object, info: ValidationInfo) -> Path:
+    """The absolute path of a file that exists and can be read. Raises NotA."""
+    path = parse_path(value, info)
     kind, example = "a file that can be read", "the path of a file, relative to this file"
-    if path.is_dir():
-        raise NotA(kind, example, f"{str(path)!r} is a folder", "write the path of a file")
     if not path.exists():
-        raise NotA(kind, example, f"no such file: {str(path)!r}", "paths are relative to this file's folder")
+        advice = "write its path relative to this file" if not Path(str(value)).is_absolute() else "check the path"
+        raise NotA(kind, example, f"there is no file {shown(str(value))}", advice)
+    if not path.is_file():
+        raise NotA(kind, example, f"{shown(str(value))} is not a file", "write the path of a file")
     if not os.access(path, os.R_OK):
-        raise NotA(kind, example, f"{str(path)!r} cannot be read", "check its permissions")
+        raise NotA(kind, example, f"{shown(str(value))} cannot be read", "check its permissions")
     return path
 
 
 _PATH_SCHEMA = WithJsonSchema({"type": "string", "description": "A path, relative to this file's folder."})
 PathValue = Annotated[Path, PlainValidator(parse_path), PlainSerializer(str, when_used="json"), _PATH_SCHEMA]
-ExistingFile = Annotated[PathValue, AfterValidator(_existing_file), _PATH_SCHEMA]
+ExistingFile = Annotated[Path, PlainValidator(parse_file), PlainSerializer(str, when_used="json"), _PATH_SCHEMA]
 
 
 def _expression(value: object, result: FactType) -> Expression:

@@ -1,1 +1,1 @@
-
+"""DNS for stages: an asynchronous stub resolver."""

@@ -175,10 +175,14 @@ async def _pool_for(conversation: SmtpConversation, recipient: Recipient | None)
 
 def _pool_named(conversation: SmtpConversation, chosen: Upstream) -> Pool | Refuse:
     pools = conversation.served.pools
-    if chosen.server:
-        return pools.server(chosen.server)
-    pool = pools.get(chosen.pool)
-    return pool if pool is not None else Refuse(Cause.NO_ROUTE, log=f"no pool named {chosen.pool!r}")
+    try:
+        if chosen.server:
+            return pools.server(chosen.server)
+        return pools.get(chosen.pool)
+    except KeyError:
+        return Refuse(Cause.NO_ROUTE, log=f"no pool named {chosen.pool!r}")
+    except ValueError as error:
+        return Refuse(Cause.UPSTREAM_MISCONFIGURED, log=f"{chosen.server}: {error}")
 
 
 async def _connect(conversation: SmtpConversation, pool: Pool, exclude: set[Server] | None = None) -> Refuse | None:
@@ -558,27 +562,42 @@ async def _begin_content(conversation: SmtpConversation) -> Reply | None:
             _record(conversation, reply)
             reset(conversation)
             return None
-    connection = conversation.connection
-    if connection is None or not _usable(connection):
-        if not await _replay(conversation, UpstreamError("lost", "", "the upstream closed before DATA")):
-            lost = mail.lost or Refuse(Cause.UPSTREAM_LOST)
-            _record(conversation, conversation.refuse(lost, "data"))
-            conversation.end_transaction()
-            return None
-        connection = conversation.connection
-        assert connection is not None
-    try:
-        reply = await connection.command(b"DATA")
-    except UpstreamError as error:
-        _drop(conversation, error)
-        lost = Refuse(Cause.UPSTREAM_LOST, log=str(error))
-        _record(conversation, conversation.refuse(lost, "data"))
+    said = await _say_data(conversation)
+    if isinstance(said, Refuse):
+        _record(conversation, conversation.refuse(said, "data"))
         conversation.end_transaction()
         return None
+    reply = said
     if reply.code != 354:
         _record(conversation, _pass_on(conversation, reply, Phase.DATA))
         reset(conversation)
         return None
+    return reply
+
+
+async def _say_data(conversation: SmtpConversation) -> Reply | Refuse:
+    """DATA upstream; a server that left before its 354 is replaced once more: it has none of the content."""
+    connection = conversation.connection
+    error = UpstreamError("lost", "", "the upstream closed before DATA")
+    if connection is not None and _usable(connection):
+        try:
+            reply = await connection.command(b"DATA")
+            if reply.code != 421:
+                return reply
+            error = UpstreamError("lost", connection.server.url, f"421 {reply.text}")
+        except UpstreamError as caught:
+            error = caught
+    if not await _replay(conversation, error):
+        return conversation.mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
+    assert conversation.connection is not None
+    try:
+        reply = await conversation.connection.command(b"DATA")
+    except UpstreamError as caught:
+        _drop(conversation, caught)
+        return Refuse(Cause.UPSTREAM_LOST, log=str(caught))
+    if reply.code == 421:
+        _drop(conversation, UpstreamError("lost", "", f"421 {reply.text}"))
+        return Refuse(Cause.UPSTREAM_LOST, log=f"421 {reply.text}")
     return reply
 
 

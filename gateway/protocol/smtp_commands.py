@@ -11,7 +11,9 @@ from typing import Final
 
 from gateway.protocol.errors import PeerError
 
-NON_SMTP: Final = frozenset({b"GET", b"POST", b"CONNECT", b"HEAD", b"PUT", b"OPTIONS", b"DELETE", b"PATCH", b"TRACE", b"PRI"})
+NON_SMTP: Final = frozenset(
+    {b"GET", b"POST", b"CONNECT", b"HEAD", b"PUT", b"OPTIONS", b"DELETE", b"PATCH", b"TRACE", b"PRI"}
+)
 """HTTP request methods; none of them is an SMTP verb."""
 
 NON_SMTP_TLS: Final = b"\x16\x03"
@@ -20,8 +22,9 @@ NON_SMTP_TLS: Final = b"\x16\x03"
 _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 _HEADER_LIKE: Final = re.compile(rb"[!-9;-~]+:")
 _WORDS: Final = (
-    "HELO EHLO LHLO MAIL RCPT DATA BDAT RSET NOOP VRFY EXPN HELP QUIT STARTTLS AUTH XCLIENT XFORWARD ETRN BURL"
-).split()
+    *("HELO", "EHLO", "LHLO", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "NOOP", "VRFY", "EXPN", "HELP", "QUIT"),
+    *("STARTTLS", "AUTH", "XCLIENT", "XFORWARD", "ETRN", "BURL"),
+)
 _VERBS: Final = {form.encode(): word for word in _WORDS for form in (word, word.lower(), word.capitalize())}
 
 

@@ -364,10 +364,10 @@ class ServerContext:
         if self._ciphers is not None:
             self._set_ciphers(context, self._ciphers)
         if self._client_ca is not None:
-            authorities = _chain(self._client_ca)
+            _chain(self._client_ca)
             try:
                 context.load_verify_locations(self._client_ca)
-                context.set_client_ca_list([crypto.X509.from_cryptography(ca).get_subject() for ca in authorities])
+                context.load_client_ca(self._client_ca.encode())  # the names that the client is told
             except SSL.Error as error:
                 raise TlsConfigError(f"{self._client_ca}: OpenSSL refuses it: {_reason(error)}") from None
             context.set_verify(SSL.VERIFY_PEER, _note_fault)
@@ -428,9 +428,9 @@ def client_context(ca_file: str | None, verify: bool, certificate: Certificate |
 
 def _checked(certificate: Certificate) -> tuple[frozenset[str], type]:
     """The DNS names of a certificate and the type of its key, after all checks that give a clear message."""
-    chain = _chain(certificate.chain)
+    chain, text = _chain(certificate.chain), _read(certificate.key)
     try:
-        key = load_pem_private_key(_read(certificate.key), None)
+        key = load_pem_private_key(text, None)
     except TypeError:
         raise TlsConfigError(f"{certificate.key}: the key is encrypted; store it without a passphrase") from None
     except (ValueError, UnsupportedAlgorithm):
@@ -454,8 +454,9 @@ def _checked(certificate: Certificate) -> tuple[frozenset[str], type]:
 
 
 def _chain(path: str) -> list[x509.Certificate]:
+    text = _read(path)
     try:
-        return x509.load_pem_x509_certificates(_read(path))
+        return x509.load_pem_x509_certificates(text)
     except ValueError:
         raise TlsConfigError(f"{path}: not a chain of PEM certificates") from None
 

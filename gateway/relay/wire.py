@@ -214,6 +214,11 @@ class Wire(asyncio.Protocol):
     # -- reading
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that this connection lives on."""
+        return self._loop
+
+    @property
     def buffered(self) -> int:
         """Octets that came and were not read."""
         return len(self._data) - self._at + self._more_size
@@ -295,6 +300,12 @@ class Wire(asyncio.Protocol):
         if self._paused:
             self._resume()
         return data
+
+    def peek(self, count: int) -> bytes:
+        """The next `count` unread bytes, fewer if there are fewer; nothing is consumed."""
+        if self._more is not None and len(self._data) - self._at < count:
+            self._gather()
+        return self._data[self._at : self._at + count]
 
     def unread(self, data: bytes) -> None:
         """Put `data` back in front of the unread octets."""

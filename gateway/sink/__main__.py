@@ -52,8 +52,6 @@ async def serve(maildir: Path, listen: str | tuple[str, int], hostname: str, rea
     if ready_fd is not None:
         loop.remove_reader(ready_fd)
     server.close()
-    if isinstance(listen, str):
-        Path(listen).unlink(missing_ok=True)
 
 
 def main() -> int:
@@ -73,6 +71,8 @@ def main() -> int:
         if options.ready_fd is not None:
             os.write(options.ready_fd, f"failed {error}\n".encode())
         return 1
+    if isinstance(options.listen, str):
+        Path(options.listen).unlink(missing_ok=True)
     return 0
 
 

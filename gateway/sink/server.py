@@ -13,7 +13,7 @@ import re
 import secrets
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
 from aiosmtpd.smtp import SMTP, Envelope, Session, syntax
 
@@ -50,7 +50,7 @@ class XclientServer(SMTP):
 
     line_length_limit = LINE
     command_size_limit = COMMAND
-    command_size_limits = collections.defaultdict(lambda: COMMAND)
+    command_size_limits: ClassVar[dict[str, int]] = collections.defaultdict(lambda: COMMAND)  # type: ignore[misc]
 
     def __init__(self, handler: Deliver, hostname: str) -> None:
         self.client: dict[str, bytes | None] = {}
@@ -78,7 +78,7 @@ class XclientServer(SMTP):
         for name in ("HELO", "PROTO", "LOGIN"):
             self.client.pop(name, None)
         self.client.update(attributes)
-        self._set_rset_state()
+        self._set_rset_state()  # type: ignore[no-untyped-call]
         self.session.host_name = None
         self.session.extended_smtp = False
         await self.push(f"220 {self.hostname} ESMTP")

@@ -10,11 +10,12 @@ import asyncio
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
+from gateway.upstream.dial import tls_context
 from gateway.upstream.profile import ProfileStore, parse_keywords, shared_keywords
 from gateway.upstream.server import Server
 
@@ -28,7 +29,6 @@ TlsPolicy = Literal["off", "opportunistic", "required"]
 FIRST_BACK_OFF = 1.0
 LONGEST_BACK_OFF = 60.0
 REST_SECONDS = 1.0
-SLOW_RETURN_SECONDS = 30.0
 SMALLEST_SHARE = 0.1
 DYNAMIC_POOLS = 1024
 
@@ -40,7 +40,9 @@ class PoolSettings:
     `servers` are URLs and weights. `balance`: in turn by weight, fewest connections for its weight, or the same
     server for the same client address, user or domain. `max_connections` holds per server, `queue` for sessions
     that wait for one. `source` is the local address to connect from. `assume` replaces what the servers announce
-    (`("SIZE 10000000", "8BITMIME")`). `greeting_timeout` covers each of TLS, greeting and EHLO.
+    (`("SIZE 10000000", "8BITMIME")`). `greeting_timeout` covers each of TLS, greeting and EHLO. `health_fall`
+    failures of the active check in a row take a server out, `health_rise` successes bring it back; what comes back
+    has its full share after `slow_start`.
     """
 
     servers: tuple[tuple[str, int], ...] = ()
@@ -54,10 +56,17 @@ class PoolSettings:
     server_name: str | None = None
     source: str | None = None
     reuse: bool = False
+    reuse_transactions: int = 20
+    reuse_idle: float = 30.0
     assume: tuple[str, ...] | None = None
-    connect_timeout: float = 5.0
+    connect_timeout: float = 10.0
     greeting_timeout: float = 30.0
     command_timeout: float = 300.0
+    health_interval: float = 30.0
+    health_timeout: float = 5.0
+    health_fall: int = 3
+    health_rise: int = 2
+    slow_start: float = 30.0
 
 
 class PoolUnavailable(Exception):
@@ -80,7 +89,11 @@ class _Waiter:
 
 
 class Pool:
-    """A named group of servers. `clock` is seconds that only grow."""
+    """A named group of servers.
+
+    `clock` is seconds that only grow, `store` remembers what servers announced. `learner` (the health check's) asks
+    them now. Raises ValueError for settings that cannot work.
+    """
 
     def __init__(
         self,
@@ -95,10 +108,17 @@ class Pool:
         self.name = name
         self.settings = settings
         self.servers = [Server(url, weight) for url, weight in settings.servers]
+        for server in self.servers:
+            verified = settings.verify and (server.implicit_tls or settings.tls == "required")
+            if verified and server.target.path and settings.server_name is None:
+                raise ValueError(f"{server.url}: a socket has no name to verify; write server_name or verify: false")
+        if settings.ca_file is not None:
+            tls_context(settings.ca_file, True)  # so that a file that is none is found now
         self._clock = clock
         self._store = store
         self._waiters: deque[_Waiter] = deque()
         self._turn = 0
+        self.learner: Callable[[], Awaitable[None]] | None = None
         self._assumed = None if settings.assume is None else parse_keywords(settings.assume)
         self._profile: dict[str, str] | None = None
         self._merge()
@@ -201,10 +221,8 @@ class Pool:
 
     def _share(self, server: Server, now: float) -> float:
         """The weight, less for a while after an ejection: a server just back has cold caches (slow return)."""
-        since = now - server.ejected_until
-        if since >= SLOW_RETURN_SECONDS:
-            return server.weight
-        return server.weight * max(SMALLEST_SHARE, since / SLOW_RETURN_SECONDS)
+        since, whole = now - server.ejected_until, self.settings.slow_start
+        return server.weight if since >= whole else server.weight * max(SMALLEST_SHARE, since / whole)
 
     def _hash_key(self, session: Session) -> bytes:
         """What stays with one server. Without a user (or sender domain) the client's address stands in."""
@@ -288,6 +306,12 @@ class Pool:
         """What every server of the pool announces, or what is assumed of them; None while nothing is known."""
         return None if self._profile is None else dict(self._profile)
 
+    async def learn(self) -> bool:
+        """Ask the servers now what they announce, if nothing is known yet; whether something is known then."""
+        if self._profile is None and self.learner is not None:
+            await self.learner()
+        return self._profile is not None
+
     def _merge(self) -> None:
         self._profile = self._assumed if self._assumed is not None else shared_keywords(list(self._known()))
 
@@ -320,7 +344,7 @@ def _rendezvous(key: bytes, server: Server) -> float:
     return -1.0 / math.log(((int.from_bytes(digest) >> 12) + 0.5) / 2**52)
 
 
-class Pools:
+class Pools(dict[str, Pool]):
     """The pools of a pipeline by name, and pools of one for servers that an auth server names."""
 
     def __init__(
@@ -330,14 +354,10 @@ class Pools:
         dynamic: PoolSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.named = dict(pools)
+        super().__init__(pools)
         self._dynamic: OrderedDict[str, Pool] = OrderedDict()
         self._settings = dynamic or PoolSettings()
         self._clock = clock
-
-    def get(self, name: str) -> Pool:
-        """The pool of that name; KeyError if there is none."""
-        return self.named[name]
 
     def server(self, url: str) -> Pool:
         """The pool of one for this server, made at first use.
@@ -351,7 +371,7 @@ class Pools:
             return pool
         address = Server(url).url
         settings = next(
-            (pool.settings for pool in self.named.values() for server in pool.servers if server.url == address),
+            (pool.settings for pool in self.values() for server in pool.servers if server.url == address),
             self._settings,
         )
         pool = Pool(address, replace(settings, servers=((address, 1),)), clock=self._clock)
@@ -370,5 +390,5 @@ class Pools:
 
     def close_idle(self) -> None:
         """End the connections kept for reuse in every pool."""
-        for pool in (*self.named.values(), *self._dynamic.values()):
+        for pool in (*self.values(), *self._dynamic.values()):
             pool.close_idle()

@@ -91,13 +91,13 @@ class Server:
     `active` connections are in use, `idle` ones wait for reuse. `failures` in a row; before `ejected_until`
     (pool's clock) no session goes there, and for a while after it fewer do; `resting_until` see `Pool.failed`.
     `down` is the health check's word. `ehlo` is the last EHLO that the gateway saw in its own state: after TLS,
-    before it speaks for a client.
+    before it speaks for a client. `fixed` is the address of a server that has no name to look up.
     """
 
     __slots__ = (
-        "_addresses", "_fresh_until", "_lookup", "active", "down", "ehlo", "ejected_until", "failures", "idle",
-        "implicit_tls", "key", "last_error", "local", "numeric", "resting_until", "share", "target", "turn",
-        "url", "weight",
+        "_addresses", "_fresh_until", "_lookup", "active", "down", "ehlo", "ejected_until", "failures", "fixed",
+        "idle", "implicit_tls", "key", "last_error", "local", "resting_until", "share", "target", "turn", "url",
+        "weight",
     )  # fmt: skip
 
     def __init__(self, url: str, weight: int = 1) -> None:
@@ -108,8 +108,8 @@ class Server:
         self.key = blake2b(self.url.encode(), digest_size=16).digest()
         self.weight = weight
         self.implicit_tls = self.target.scheme == "smtps"
-        self.numeric = _is_numeric(self.target.host)
-        self.local = bool(self.target.path) or (self.numeric and ipaddress.ip_address(self.target.host).is_loopback)
+        self.fixed = _fixed(self.target)
+        self.local = bool(self.target.path) or (bool(self.fixed) and ipaddress.ip_address(self.target.host).is_loopback)
         self.active = 0
         self.idle: deque[Connection] = deque()
         self.failures = 0
@@ -134,10 +134,8 @@ class Server:
         Names are looked up once a minute. An answer of the last ten minutes is used while the next is fetched,
         and longer where that fails. Raises OSError (gaierror) for a name that never resolved.
         """
-        if self.target.path:
-            return [self.target.path]
-        if self.numeric:
-            return [(self.target.host, self.target.port)]
+        if self.fixed:
+            return self.fixed
         loop = asyncio.get_running_loop()
         age = loop.time() - self._fresh_until
         if age < 0:
@@ -171,9 +169,11 @@ class Server:
         return f"<Server {self.url} active={self.active} failures={self.failures}>"
 
 
-def _is_numeric(host: str) -> bool:
+def _fixed(target: Target) -> list[Address]:
+    if target.path:
+        return [target.path]
     try:
-        ipaddress.ip_address(host)
+        ipaddress.ip_address(target.host)
     except ValueError:
-        return False
-    return True
+        return []
+    return [(target.host, target.port)]

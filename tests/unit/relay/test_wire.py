@@ -7,11 +7,12 @@ import gc
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from gateway.relay.wire import EndOfStream, LineTooLong, Wire, WireTimeout, connect
 
@@ -23,8 +24,15 @@ def open_streams() -> int:
     return sum(os.readlink(link).startswith(("socket:", "pipe:")) for link in links if os.path.lexists(link))
 
 
+@pytest.fixture(scope="module")
+def warmed() -> None:
+    """libuv keeps one pair of descriptors for signals from the first loop on."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.sleep(0))
+
+
 @pytest.fixture(autouse=True)
-def descriptors() -> Iterator[None]:
+def descriptors(warmed: None) -> Iterator[None]:
     """No test may leave a socket open."""
     before = open_streams()
     yield
@@ -85,13 +93,6 @@ async def turns(count: int = 5) -> None:
     """Let the loop run its ready callbacks."""
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something that is bound to happen has happened."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 async def received(peer: socket.socket, size: int) -> bytes:
@@ -421,7 +422,8 @@ async def test_a_cancelled_close_aborts() -> None:
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing
-        await until(lambda: wire.closed)
+        await wire.aclose()
+        assert wire.closed
 
 
 @pytest.mark.anyio

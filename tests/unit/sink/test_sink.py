@@ -28,7 +28,7 @@ class Client(smtplib.SMTP):
         self._path = address.removeprefix("unix:")
         super().__init__("sink", 25, local_hostname="me.test", timeout=10)
 
-    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:  # type: ignore[override]
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(timeout)
         connection.connect(self._path)

@@ -1,0 +1,180 @@
+"""`python -m bench [--quick]`: run every job, write docs/performance.md.
+
+For each job nginx and the gateway take turns, ROUNDS times each after one warm-up; CPU is what the kernel
+charged their processes; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from bench import clients
+from bench.peers import Process, start_auth, start_gateway, start_nginx, start_sink
+from scripts.development_certificate import write
+
+IDLE = 5000
+
+
+@dataclass
+class Measured:
+    """One job's figures."""
+
+    name: str
+    asked: float
+    unit: str
+    nginx: list[float] = field(default_factory=list)
+    gateway: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Gateway / nginx, of the medians."""
+        return median(self.gateway) / median(self.nginx)
+
+
+def job(name: str, asked: float, unit: str, per: float, peers: list[tuple[Process, Callable[[], None]]], rounds: int) -> Measured:
+    """Run the same job at both, in turn; figures are CPU seconds times `per`."""
+    measured = Measured(name, asked, unit)
+    for turn in range(rounds + 1):
+        for (process, run), figures in zip(peers, (measured.nginx, measured.gateway), strict=True):
+            before = process.cpu()
+            run()
+            if turn:
+                figures.append((process.cpu() - before) * per)
+    print(f"{name}: nginx {median(measured.nginx):.3f} {unit}, gateway {median(measured.gateway):.3f} {unit}, "
+          f"ratio {measured.ratio:.2f} (asked {asked})", flush=True)
+    return measured
+
+
+def idle_memory(process: Process, port: int, tls: bool, count: int) -> float:
+    """KiB of resident memory for each idle client."""
+    clients.idle(port, 50, tls)
+    before = process.memory()
+    held = clients.idle(port, count, tls)
+    grown = process.memory() - before
+    for client in held:
+        client.close()
+    return grown / count / 1024
+
+
+def main() -> None:
+    """Everything."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds, no report")
+    quick = parser.parse_args().quick
+    rounds, sessions, bulk, idle = (2, 300, 2, 500) if quick else (5, 2000, 8, IDLE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 30000), hard))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        report = _run(folder, rounds, sessions, bulk, idle)
+    if not quick:
+        Path("docs/performance.md").write_text(report)
+        print("wrote docs/performance.md")
+
+
+def _run(folder: Path, rounds: int, sessions: int, bulk: int, idle: int) -> str:
+    write(folder / "tls")
+    certificate = (folder / "tls/development.crt", folder / "tls/development.key")
+    tls = f"tls: {{certificates: [{{chain: {certificate[0]}, key: {certificate[1]}}}]}}"
+    started: list[Process] = []
+
+    def started_one(result: tuple[Process, int, int] | tuple[Process, int]) -> tuple[int, ...]:
+        started.append(result[0])
+        return tuple(result[1:])
+
+    try:
+        (sink,) = started_one(start_sink(folder))
+        (auth,) = started_one(start_auth(folder, sink))
+        nginx = start_nginx(folder, auth, certificate)
+        pool = f"upstreams: {{sink: {{servers: [smtp://127.0.0.1:{sink}], tls: off, max_connections: 12000"
+        opaque = start_gateway(folder, "opaque", f"""{tls}
+stages:
+  - auth_http: {{url: "http://127.0.0.1:{auth}/auth", none: true, methods: []}}
+  - splice
+{pool}}}}}""")
+        envelope = start_gateway(folder, "envelope", f"""{tls}
+stages: [{{splice: {{handoff: never}}}}]
+{pool}, reuse: on}}}}""")
+        for gateway in (nginx, opaque, envelope):
+            started.append(gateway[0])
+        big = 25_000_000
+        gib = bulk * big / 1e9
+        session, octets = 1e3 / sessions, 1 / gib
+        table = [
+            job("session with `auth_http`, method none, one 1 kB message, opaque", 1.25, "ms a session", session,
+                [(nginx[0], lambda: clients.source(nginx[1], sessions, 1000, 10)),
+                 (opaque[0], lambda: clients.source(opaque[1], sessions, 1000, 10))], rounds),
+            job("25 MB messages, opaque, plain", 0.5, "s a GB", octets,
+                [(nginx[0], lambda: clients.source(nginx[1], bulk, big, 2)),
+                 (opaque[0], lambda: clients.source(opaque[1], bulk, big, 2))], rounds),
+            job("25 MB messages, envelope, plain", 1.2, "s a GB", octets,
+                [(nginx[0], lambda: clients.source(nginx[1], bulk, big, 2)),
+                 (envelope[0], lambda: clients.source(envelope[1], bulk, big, 2))], rounds),
+            job("25 MB messages under TLS, opaque", 1.3, "s a GB", octets,
+                [(nginx[0], lambda: clients.tls_messages(nginx[2], bulk, big)),
+                 (opaque[0], lambda: clients.tls_messages(opaque[2], bulk, big))], rounds),
+            job("TLS session, one 1 kB message, opaque", 1.4, "ms a session", 1e3 / (sessions // 4),
+                [(nginx[0], lambda: clients.tls_messages(nginx[2], sessions // 4, 1000)),
+                 (opaque[0], lambda: clients.tls_messages(opaque[2], sessions // 4, 1000))], rounds),
+            job("session in envelope grade, no `auth_http`, `reuse: on` (nginx with its auth request)", 1.0, "ms a session", session,
+                [(nginx[0], lambda: clients.source(nginx[1], sessions, 1000, 10)),
+                 (envelope[0], lambda: clients.source(envelope[1], sessions, 1000, 10))], rounds),
+        ]  # fmt: skip
+        latency = (clients.pipelined_latency(nginx[1]), clients.pipelined_latency(envelope[1]))
+        memory = [
+            (name, process[0], idle_memory(process[0], process[2 if under_tls else 1], under_tls, idle))
+            for name, process, under_tls in (
+                ("nginx, plain", nginx, False), ("gateway, plain", envelope, False),
+                ("nginx, TLS", nginx, True), ("gateway, TLS", envelope, True),
+            )
+        ]  # fmt: skip
+    finally:
+        for process in reversed(started):
+            process.stop()
+    return _report(table, latency, [(name, kib) for name, _, kib in memory], rounds, sessions, bulk, idle)
+
+
+def _version(*argv: str) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True)
+    return (done.stdout + done.stderr).strip().splitlines()[0]
+
+
+def _report(table: list[Measured], latency: tuple[float, float], memory: list[tuple[str, float]], rounds: int,
+            sessions: int, bulk: int, idle: int) -> str:  # fmt: skip
+    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    rows = [
+        f"| {one.name} | {one.unit} | {median(one.nginx):.3f} | {median(one.gateway):.3f} "
+        f"({min(one.gateway):.3f} to {max(one.gateway):.3f}) | {one.asked} | **{one.ratio:.2f}** |"
+        for one in table
+    ]
+    notes = Path("bench/notes.md").read_text()
+    return "\n".join([
+        "# Performance", "",
+        "Written by `make bench`. nginx's mail proxy and the gateway do the same job in turn, in one run.", "",
+        f"- Machine: {cpu}, {platform.machine()}, Linux {platform.release().split('-')[0]}; 2 cores, shared and noisy: "
+        "the ratios count, not the figures.",
+        f"- Versions: {_version('nginx', '-v')}; Python {platform.python_version()} on uvloop; one worker each.",
+        f"- Method: smtp-source and smtp-sink at the ends (a small TLS client of our own where TLS is asked), {sessions} "
+        f"sessions or {bulk} messages of 25 MB a round, medians of {rounds} rounds after a warm-up, nginx and gateway "
+        "interleaved. CPU is what the kernel charged the processes (user and system). The auth server is an nginx of "
+        "its own, on nobody's account. All safeguards are on.",
+        "", "| job | unit | nginx | gateway (range) | ratio asked | ratio |", "|---|---|---|---|---|---|", *rows, "",
+        "| idle clients | KiB each |", "|---|---|", *[f"| {name}, {idle} of them | {kib:.1f} |" for name, kib in memory], "",
+        f"A pipelined MAIL and RCPT are answered after {latency[1]:.1f} ms (median), by nginx after {latency[0]:.1f} ms.", "",
+        notes,
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Opening the upstream for a session, and what happens to the connection after it.
+
+In this order: a server of the pool, PROXY header, TLS or greeting + STARTTLS, EHLO (`dial`), XCLIENT, AUTH. A server
+that cannot be reached, is busy or breaks off is replaced by another one; a stage's word is final. Where the pool
+allows reuse, connections that spoke for nobody wait for the next session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from gateway.upstream.dial import ClientRefused, LoopDetected, dial
+from gateway.upstream.pool import Pool, PoolBusy, PoolDown
+from gateway.upstream.smtp import Connection, UpstreamError
+from gateway.verdicts import Cause, Refuse
+
+if TYPE_CHECKING:
+    from gateway.observe.transcript import Transcript
+    from gateway.session import Session
+    from gateway.stage import Stage
+    from gateway.upstream.server import Server
+
+log = structlog.get_logger("gateway.upstream")
+
+Hooks = tuple[tuple["Stage", Callable[..., object]], ...]
+
+
+class UpstreamHooks(Protocol):
+    """What the prelude asks of a chain: the hooks of its stages, in the file's order."""
+
+    @property
+    def upstream_connect(self) -> Hooks: ...
+    @property
+    def upstream_ready(self) -> Hooks: ...
+    @property
+    def upstream_login(self) -> Hooks: ...
+
+
+class _Refused(Exception):
+    """A stage refused before the conversation began; carries its verdict."""
+
+    def __init__(self, refuse: Refuse) -> None:
+        super().__init__(refuse.cause.value)
+        self.refuse = refuse
+
+
+async def open_upstream(
+    session: Session,
+    pool: Pool,
+    hooks: UpstreamHooks,
+    *,
+    hostname: str,
+    instance: str = "",
+    exclude: Collection[Server] = (),
+    transcript: Transcript | None = None,
+) -> Connection | Refuse:
+    """A connection on which MAIL can be said for this session, or the refusal for its client.
+
+    `hostname` goes into EHLO; `instance` is in our own greetings and nobody else's. `exclude` are servers to avoid
+    while the pool has others. Never raises but for cancellation; then nothing stays open.
+    """
+    tried = set() if all(server in exclude for server in pool.servers) else set(exclude)
+    failures: list[UpstreamError] = []
+    while True:
+        try:
+            server = await pool.acquire(session, tried)
+        except PoolBusy as busy:
+            return Refuse(Cause.UPSTREAM_BUSY, log=_reasons(failures, str(busy)))
+        except PoolDown as down:
+            return _nobody_left(failures, str(down))
+        try:
+            return await _open_on(server, session, pool, hooks, hostname, instance, transcript)
+        except LoopDetected as loop:
+            return Refuse(Cause.LOOP, temporary=True, log=str(loop))
+        except UpstreamError as error:
+            failures.append(error)
+            tried.add(server)
+
+
+def _nobody_left(failures: list[UpstreamError], text: str) -> Refuse:
+    if not failures:
+        return Refuse(Cause.UPSTREAM_DOWN, log=text)
+    busy = all(failure.kind == "busy" for failure in failures)
+    return Refuse(Cause.UPSTREAM_BUSY if busy else Cause.UPSTREAM_DOWN, log=_reasons(failures))
+
+
+def _reasons(failures: list[UpstreamError], last: str = "") -> str:
+    return "; ".join([*map(str, failures), *filter(None, [last])])
+
+
+async def _open_on(
+    server: Server,
+    session: Session,
+    pool: Pool,
+    hooks: UpstreamHooks,
+    hostname: str,
+    instance: str,
+    transcript: Transcript | None,
+) -> Connection | Refuse:
+    """The prelude on one server, whose place in the pool we hold. Raises UpstreamError if another may do better."""
+    while True:
+        # A PROXY header goes in front of everything, so that a used connection cannot take it.
+        connection = None if hooks.upstream_connect else _take_idle(server, pool)
+        reused = connection is not None
+        if connection is None:
+            _make_room(server, pool)
+            opened = await _open_new(server, session, pool, hooks, hostname, instance, transcript)
+            if isinstance(opened, Refuse):
+                return opened
+            connection = opened
+        connection.pool = pool
+        connection.transcript = transcript
+        connection.on_end = lambda: pool.release(server)
+        try:
+            refuse = await _ask(hooks.upstream_ready, "upstream_ready", session, connection)
+            if refuse is None:
+                refuse = await _ask(hooks.upstream_login, "upstream_login", session, connection)
+        except UpstreamError:
+            if not reused:
+                connection.abort()
+                raise
+            # It had gone while it waited; the place in the pool is kept for the next try on this server.
+            connection.on_end = None
+            connection.abort()
+            continue
+        except BaseException:
+            connection.abort()
+            raise
+        if refuse is None and not connection.greeted:
+            refuse = Refuse(Cause.UPSTREAM_DOWN, log=f"{server.url}: the last EHLO was refused")
+        if refuse is not None:
+            connection.end_quietly()
+            return refuse
+        return connection
+
+
+async def _open_new(
+    server: Server,
+    session: Session,
+    pool: Pool,
+    hooks: UpstreamHooks,
+    hostname: str,
+    instance: str,
+    transcript: Transcript | None,
+) -> Connection | Refuse:
+    """Dial, tell the pool how that went; the place in the pool is given back unless there is a connection."""
+
+    def preface(connection: Connection) -> None:
+        _ask_connect(hooks.upstream_connect, session, connection)
+
+    opened = None
+    try:
+        opened = await dial(
+            server,
+            pool.settings,
+            hostname=hostname,
+            instance=instance,
+            preface=preface if hooks.upstream_connect else None,
+            transcript=transcript,
+        )
+        pool.succeeded(server)
+        if opened.ehlo is not None:
+            pool.learned(server, opened.ehlo)
+        return opened
+    except _Refused as refused:
+        return refused.refuse
+    except ClientRefused as refused:
+        pool.succeeded(server)
+        return Refuse(Cause.ACCESS_DENIED, reply=refused.reply)
+    except UpstreamError as error:
+        if error.kind != "busy":
+            pool.failed(server, error.text, slow=error.kind == "timeout")
+        log.info("upstream_failure", session=session.id, server=server.url, kind=error.kind, error=error.text)
+        raise
+    finally:
+        if opened is None:
+            pool.release(server)
+
+
+def _ask_connect(hooks: Hooks, session: Session, connection: Connection) -> None:
+    """The plain functions of `upstream_connect`. Raises _Refused."""
+    for stage, hook in hooks:
+        try:
+            verdict = hook(session, connection)
+        except Exception as error:
+            raise _Refused(_stage_failed(stage, "upstream_connect", session, error)) from error
+        if isinstance(verdict, Refuse):
+            raise _Refused(verdict)
+
+
+async def _ask(hooks: Hooks, phase: str, session: Session, connection: Connection) -> Refuse | None:
+    """Each stage in turn until one refuses; a stage that raises has refused. Raises UpstreamError as it is."""
+    for stage, hook in hooks:
+        try:
+            verdict = hook(session, connection)
+            if isinstance(verdict, Awaitable):
+                async with asyncio.timeout(stage.timeout):
+                    verdict = await verdict
+        except UpstreamError:
+            raise
+        except Exception as error:
+            return _stage_failed(stage, phase, session, error)
+        if isinstance(verdict, Refuse):
+            return verdict
+    return None
+
+
+def _stage_failed(stage: Stage, phase: str, session: Session, error: Exception) -> Refuse:
+    why = "time-out" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+    log.warning("stage_failure", session=session.id, stage=stage.id, phase=phase, error=why, action="tempfail")
+    return Refuse(Cause.STAGE_FAILED, temporary=True, log=f"{stage.id} in {phase}: {why}")
+
+
+# --- reuse
+
+
+def give_back(connection: Connection, ok: bool = True) -> None:
+    """The session needs this connection no more: keep it for another one where that is safe, else say QUIT.
+
+    Kept are connections of a pool with `reuse`, in step, that spoke for no client, got no 4xx or 5xx and have
+    carried less than `reuse_transactions` messages, for `reuse_idle` seconds. `ok=False` ends it in any case.
+    """
+    pool = connection.pool
+    if (
+        not ok
+        or pool is None
+        or not pool.settings.reuse
+        or not connection.reusable
+        or connection.transactions >= pool.settings.reuse_transactions
+        or not connection.idle
+    ):
+        connection.end_quietly()
+        return
+    connection.transcript = None
+    connection.server.idle.append(connection)
+    connection.idle_timer = asyncio.get_running_loop().call_later(pool.settings.reuse_idle, _expire, connection)
+    connection.wire.on_gone = lambda error: _drop(connection)
+    connection.wire.on_data = lambda: _drop(connection)
+    connection.put_aside()
+
+
+def _take_idle(server: Server, pool: Pool) -> Connection | None:
+    """The connection used last, if the server has not closed it meanwhile."""
+    while pool.settings.reuse and server.idle:
+        connection = server.idle.pop()
+        _wake(connection)
+        if connection.idle:
+            return connection
+        connection.abort()
+    return None
+
+
+def _make_room(server: Server, pool: Pool) -> None:
+    """A waiting connection counts too: with the one to be opened the server must not have too many."""
+    while server.idle and server.active + len(server.idle) > pool.settings.max_connections:
+        oldest = server.idle.popleft()
+        _wake(oldest)
+        oldest.end_quietly()
+
+
+def _wake(connection: Connection) -> None:
+    if connection.idle_timer is not None:
+        connection.idle_timer.cancel()
+        connection.idle_timer = None
+    connection.wire.on_gone = connection.wire.on_data = None
+
+
+def _expire(connection: Connection) -> None:
+    """It waited long enough."""
+    connection.server.idle.remove(connection)
+    _wake(connection)
+    connection.end_quietly()
+
+
+def _drop(connection: Connection) -> None:
+    """The server closed it or spoke out of turn."""
+    connection.server.idle.remove(connection)
+    _wake(connection)
+    connection.abort()
