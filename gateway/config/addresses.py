@@ -155,14 +155,14 @@ def _parse_address(value: object, form: _Form) -> tuple[str, str, int, str]:
     """Scheme, host, port, path of a listener's or a server's address."""
     if not isinstance(value, str) or not value:
         raise form.refuse(value, f"is not {form.kind}")
+    unix = re.fullmatch(r"(?:([a-z0-9-]+)\+)?unix:(.*)", value, re.DOTALL)
+    if unix is not None:
+        return _check_scheme(unix[1] or "smtp", value, form), "", 0, _unix_path(unix[2], value, form)
     scheme, separator, rest = value.partition("://")
     if not separator:
-        scheme, rest = "smtp", value
-        unix = re.fullmatch(r"(?:([a-z0-9-]+)\+)?unix:(.*)", value)
-        if unix is not None:
-            return _check_scheme(unix[1] or "smtp", value, form), "", 0, _unix_path(unix[2], value, form)
         if not form.server:
             raise form.refuse(value, "has no scheme", f"write smtp://{value}")
+        scheme, rest = "smtp", value
     elif form.server and scheme == "embedded":
         if not rest:
             raise form.refuse(value, "names no folder", "write embedded://var/mail")

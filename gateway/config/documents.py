@@ -254,7 +254,7 @@ class _Builder:
                 self._problem(key_node.start_mark, loc, text, f"the first is in line {lines[key]}; remove one")
                 continue
             lines[key] = key_node.start_mark.line + 1
-            if key == "<<" and key_node.style is None:
+            if key == "<<" and not key_node.style:
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
             else:
                 yield key, key_node, value_node, inside

@@ -135,8 +135,8 @@ def _placed(error: ErrorDetails, document: Document, prefix: Loc) -> _Fault:
         further = document.walk((*at, step))
         if further != at:
             at = further
-        elif fork is None and step != "[key]":
-            fork, branch = at, str(step)
+        elif fork is None and isinstance(step, str) and step != "[key]":
+            fork, branch = at, step
     tail = at[len(base) :]
     return _Fault(error, at, (*tail, steps[-1]) if missing and steps else tail, fork, branch)
 

@@ -166,9 +166,10 @@ class SmtpConversation:
             if pool.profile() is None and not await pool.learn():
                 refuse = Refuse(Cause.UPSTREAM_DOWN, disconnect=True, log=f"pool {pool.name}: capabilities unknown")
                 await self.refuse_and_close(refuse, "greeting")
-        if first and self.hand_off is HandOff.GREETING and await smtp_mail.hand_off_now(self):
+        greeting = f"220 {served.hostname} ESMTP {served.instance}\r\n".encode()
+        if first and self.hand_off is HandOff.GREETING and await smtp_mail.hand_off_now(self, greeting):
             raise Closing("handed off")
-        self.write(f"220 {served.hostname} ESMTP {served.instance}\r\n".encode())
+        self.write(greeting)
         self.flush()
 
     async def start_tls(self) -> None:

@@ -278,10 +278,10 @@ async def open_for_login(conversation: SmtpConversation) -> Refuse | None:
     return await _connect(conversation, pool)
 
 
-async def hand_off_now(conversation: SmtpConversation) -> bool:
+async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -> bool:
     """Join client and upstream if the upstream trusts us with nothing that the client would inherit.
 
-    True when the session is over. False: it goes on being read, in the envelope grade.
+    `last_word` is what the client still reads from us, once it is sure.     True when the session is over. False: it goes on being read, in the envelope grade.
     """
     if conversation.connection is None:
         refuse = await open_for_login(conversation)
@@ -293,6 +293,7 @@ async def hand_off_now(conversation: SmtpConversation) -> bool:
     if not conversation.served.always_hand_off and _would_inherit(conversation, connection):
         conversation.hand_off = HandOff.NEVER
         return False
+    conversation.write(last_word)
     conversation.flush()
     conversation.splicing = True
     conversation.end_transaction()

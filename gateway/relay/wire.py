@@ -360,7 +360,11 @@ class Wire(asyncio.Protocol):
         if self._session is not None:
             self._send(self._session.close_notify())
         self._wrote_eof = True
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError as error:  # asyncio shuts down at once: the peer has reset and we had not read it yet
+            self.error = error
+            self.transport.abort()
 
     @property
     def write_buffered(self) -> int:

@@ -10,6 +10,7 @@ A transcript is a YAML head (the pipeline's keys, and `play:` for the player), a
     U= ready                         the upstream gets a connection and says 220 and EHLO (`play.ehlo`)
     U= connect | close | reset       ... gets a connection; closes; resets it
     U= closed                        ... sees the gateway close
+    U= abandoned                     ... sees it close in the middle of content, without an end of data
     C= close | reset | half          the client closes, resets, shuts down its sending side
     S= closed                        the client sees the end of the connection
     S= quiet                         the gateway has said nothing (checked at the next thing it says)
@@ -187,6 +188,11 @@ class Player:
             case "U", "closed":
                 assert upstream.reader is not None
                 self._expect_end(step, await _rest(upstream.reader))
+            case "U", "abandoned":
+                assert upstream.reader is not None
+                rest = await _rest(upstream.reader)
+                if rest.endswith(b".\r\n"):
+                    raise DialogueError(f"line {step.line}: the upstream got an end of data: {rest!r}")
             case "C", "close":
                 self.writer.close()
             case "C", "half":

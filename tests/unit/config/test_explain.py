@@ -83,7 +83,7 @@ def said(settings: str, environment: dict[str, str] | None = None) -> list[str]:
         ("{either: often}", "20: stages[1].test.either: 'often' is not a rate or a duration; "
                             "write 100/hour, 30/minute or 5/10s"),
         ("{rules: [{match: a}, {for: b}]}", "32: stages[1].test.rules[1].match: is missing; add `match: ...`"),
-        ("{rules: [{match: a, from: b}]}", "31: stages[1].test.rules[0]: unknown setting 'from'; did you mean 'for'?"),
+        ("{rules: [{match: a, fro: b}]}", "31: stages[1].test.rules[0]: unknown setting 'fro'; did you mean 'for'?"),
         ("{named: {x: {match: a, zzz: b}}}", "34: stages[1].test.named.x: unknown setting 'zzz'; known: for, match"),
         ("{networks: [10.0.0.0/8, 1]}", "35: stages[1].test.networks[1]: 1 is not a network; "
                                         "write 10.0.0.0/8, 2001:db8::/32 or an address"),
@@ -140,7 +140,7 @@ def test_a_stages_own_words_do_not_repeat_a_secret() -> None:
 def test_a_value_that_was_not_expanded_has_one_problem() -> None:
     assert said("{code: '${UNSET}', count: x}") == [
         "18: stages[1].test.code: the variable UNSET is not set; set it, or write ${UNSET:-default}",
-        "38: stages[1].test.count: 'x' is not one of the choices; write messages or recipients",
+        "37: stages[1].test.count: 'x' is not one of the choices; write messages or recipients",
     ]
 
 

@@ -63,6 +63,10 @@ class Ends:
         self.splice = Splice(*self.wires, idle=idle, kernel=kernel)
         self.running = asyncio.get_running_loop().create_task(self.splice.run())
 
+    def said(self) -> tuple[str | None, int]:
+        """Who spoke last, and the last octet."""
+        return self.splice.last_from, self.splice.last_byte
+
     async def flowing(self, *, up: bool = True) -> None:
         """Until one octet has passed, so that everything before it has."""
         near, far = (self.client, self.upstream) if up else (self.upstream, self.client)
@@ -226,8 +230,10 @@ async def test_wires_that_ended_before_the_splice(tmp_path: Path) -> None:
     async with ends(tmp_path) as pair:
         await loop.sock_sendall(pair.upstream, b"421 bye\r\n")
         pair.upstream.shutdown(socket.SHUT_WR)
-        while not pair.wires[1].eof:
-            await asyncio.sleep(0)
+        assert await pair.wires[1].line(100) == b"421 bye"
+        await pair.wires[1].wait_readable()
+        assert pair.wires[1].eof
+        pair.wires[1].unread(b"421 bye\r\n")
         pair.start()
         assert await received(pair.client, 100) == b"421 bye\r\n"
         pair.client.close()
@@ -235,8 +241,10 @@ async def test_wires_that_ended_before_the_splice(tmp_path: Path) -> None:
     async with ends(tmp_path / "..") as pair:
         pair.wires[1].abort()
         await pair.wires[1].aclose()
-        assert (await splice(*pair.wires, idle=60)).reason == "aborted"
+        running = asyncio.ensure_future(splice(*pair.wires, idle=60))
         assert await received(pair.client, 1) == b""
+        pair.client.close()
+        assert (await running).reason == "aborted"
 
 
 @pytest.mark.anyio
@@ -316,13 +324,13 @@ async def test_a_supervisor_sees_who_spoke_last(tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
     async with ends(tmp_path) as pair:
         pair.start()
-        assert pair.splice.last_from is None
+        assert pair.said() == (None, -1)
         await loop.sock_sendall(pair.client, b"NOOP\r\n")
         await received(pair.upstream, 6)
-        assert (pair.splice.last_from, pair.splice.last_byte) == ("client", 10)
+        assert pair.said() == ("client", 10)
         await loop.sock_sendall(pair.upstream, b"250 ok\r\n")
         await received(pair.client, 8)
-        assert (pair.splice.last_from, pair.splice.last_byte) == ("upstream", 10)
+        assert pair.said() == ("upstream", 10)
         assert loop.time() - pair.splice.last_progress < 5
         await loop.sock_sendall(pair.upstream, b"250-")
         await received(pair.client, 4)
@@ -379,7 +387,7 @@ async def test_quiet_directions_leave_the_kernel(tmp_path: Path, monkeypatch: py
             await sending
             assert entered
             while pair.splice._up.in_kernel:
-                await asyncio.sleep(0)
+                await pair.flowing(up=False)
             assert pipes._made == len(pipes._free) == 1  # given back, and taken again the next time
             await pair.flowing()
             assert (pair.splice.last_byte, pair.splice.bytes_up) == (ord("!"), turn * (4 * MIB + 1))

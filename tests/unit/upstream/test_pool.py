@@ -216,7 +216,7 @@ async def test_the_profile_is_what_all_servers_carry(
     pool = pool_of(A, B)
     assert pool.profile() is None
     pool.learned(pool.servers[0], ehlo(*one))
-    assert pool.profile() == ehlo(*one).keywords
+    assert (pool.profile() or {}).keys() == ehlo(*one).keywords.keys()
     pool.learned(pool.servers[1], ehlo(*other))
     assert pool.profile() == shared
 
