@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from gateway.cli.loading import fail, plans
+
+if TYPE_CHECKING:
+    from gateway.config.load import Loaded
+    from gateway.config.models import Log
+    from gateway.service.worker import Worker
 
 
 @click.command()
@@ -19,10 +26,17 @@ def command(paths: tuple[str, ...], loop_name: str) -> None:
     """Serve the pipelines of these files and folders."""
     compiled, loaded = plans(paths)
     process = loaded.process
-    from gateway.observe.logs import configure
+    from gateway.observe.logs import configure, register_secret
     from gateway.service.worker import StartError, Worker
 
-    configure(process.log.format, process.log.level, process.log.file)
+    log = _one_log(loaded)
+    for _, document in loaded.pipelines:
+        for secret in document.secrets:
+            register_secret(secret)
+    try:
+        configure(log.format, log.level, file=str(log.file) if log.file is not None else None)
+    except OSError as error:
+        fail(f"gateway: log file {log.file}: {error.strerror or error}")
     worker = Worker(compiled, process.state_directory)
     try:
         with asyncio.Runner(loop_factory=_loop_factory(loop_name)) as runner:
@@ -31,7 +45,17 @@ def command(paths: tuple[str, ...], loop_name: str) -> None:
         fail(f"gateway: {error}")
 
 
-def _loop_factory(name: str) -> object:
+def _one_log(loaded: Loaded) -> Log:
+    """A process writes one log: the process's, or the one its pipelines agree on."""
+    if "log" in loaded.process.model_fields_set:
+        return loaded.process.log
+    wanted = {(one.log.format, one.log.level, one.log.file): one.log for one, _ in loaded.pipelines}
+    if len(wanted) > 1:
+        fail("gateway: the pipelines want different logs, but one process writes one; write it below process.log")
+    return next(iter(wanted.values()))
+
+
+def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
     if name == "asyncio":
         return asyncio.new_event_loop
     try:
@@ -43,10 +67,7 @@ def _loop_factory(name: str) -> object:
     return uvloop.new_event_loop
 
 
-async def _serve(worker: object, grace: float) -> None:
-    from gateway.service.worker import Worker
-
-    assert isinstance(worker, Worker)
+async def _serve(worker: Worker, grace: float) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

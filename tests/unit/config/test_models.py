@@ -71,7 +71,7 @@ def test_balance(written: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "reuse"),
-    [(False, None), ("off", None), (True, Reuse()), ("on", Reuse()), ({"idle": "5s"}, Reuse(transactions=20, idle=5.0))],
+    [(False, None), ("off", None), (True, Reuse()), ("on", Reuse()), ({"idle": "5s"}, Reuse(idle=5.0))],
 )
 def test_reuse(written: object, reuse: Reuse | None) -> None:
     assert pool(reuse=written).reuse == reuse
@@ -93,8 +93,8 @@ def test_entries(raw: object, name: str, settings: object) -> None:
 
 
 def test_reserved_settings() -> None:
-    raw = {"rate_limit": {"limit": 1, "id": "burst", "mode": "25%", "on_error": "pass", "timeout": "2s", "when": "true"}}
-    entry = split_entry(raw)
+    settings = {"limit": 1, "id": "burst", "mode": "25%", "on_error": "pass", "timeout": "2s", "when": "true"}
+    entry = split_entry({"rate_limit": settings})
     assert entry.settings == {"limit": 1} and entry.id == "burst"
     assert entry.reserved.mode == Mode("enforce", 25.0)
     assert entry.reserved.timeout == 2.0 and entry.reserved.on_error == "pass" and entry.reserved.refuse_at is None

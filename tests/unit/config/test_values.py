@@ -43,7 +43,8 @@ def test_duration(written: object, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "octets"), [("64k", 65536), ("10MiB", 10 << 20), ("1G", 1 << 30), ("5", 5), (7, 7), ("2kB", 2048), ("3b", 3)]
+    ("written", "octets"),
+    [("64k", 65536), ("10MiB", 10 << 20), ("1G", 1 << 30), ("5", 5), (7, 7), ("2kB", 2048), ("3b", 3)],
 )
 def test_size(written: object, octets: int) -> None:
     assert parse_size(written) == octets
