@@ -40,7 +40,9 @@ class Measured:
         return median(self.gateway) / median(self.nginx)
 
 
-def job(name: str, asked: float, unit: str, per: float, peers: list[tuple[Process, Callable[[], None]]], rounds: int) -> Measured:
+def job(
+    name: str, asked: float, unit: str, per: float, peers: list[tuple[Process, Callable[[], None]]], rounds: int
+) -> Measured:
     """Run the same job at both, in turn; figures are CPU seconds times `per`."""
     measured = Measured(name, asked, unit)
     for turn in range(rounds + 1):
@@ -49,8 +51,11 @@ def job(name: str, asked: float, unit: str, per: float, peers: list[tuple[Proces
             run()
             if turn:
                 figures.append((process.cpu() - before) * per)
-    print(f"{name}: nginx {median(measured.nginx):.3f} {unit}, gateway {median(measured.gateway):.3f} {unit}, "
-          f"ratio {measured.ratio:.2f} (asked {asked})", flush=True)
+    print(
+        f"{name}: nginx {median(measured.nginx):.3f} {unit}, gateway {median(measured.gateway):.3f} {unit}, "
+        f"ratio {measured.ratio:.2f} (asked {asked})",
+        flush=True,
+    )
     return measured
 
 
@@ -97,14 +102,22 @@ def _run(folder: Path, rounds: int, sessions: int, bulk: int, idle: int) -> str:
         (auth,) = started_one(start_auth(folder, sink))
         nginx = start_nginx(folder, auth, certificate)
         pool = f"upstreams: {{sink: {{servers: [smtp://127.0.0.1:{sink}], tls: off, max_connections: 12000"
-        opaque = start_gateway(folder, "opaque", f"""{tls}
+        opaque = start_gateway(
+            folder,
+            "opaque",
+            f"""{tls}
 stages:
   - auth_http: {{url: "http://127.0.0.1:{auth}/auth", none: true, methods: []}}
   - splice
-{pool}}}}}""")
-        envelope = start_gateway(folder, "envelope", f"""{tls}
+{pool}}}}}""",
+        )
+        envelope = start_gateway(
+            folder,
+            "envelope",
+            f"""{tls}
 stages: [{{splice: {{handoff: never}}}}]
-{pool}, reuse: on}}}}""")
+{pool}, reuse: on}}}}""",
+        )
         for gateway in (nginx, opaque, envelope):
             started.append(gateway[0])
         big = 25_000_000

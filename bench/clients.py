@@ -23,7 +23,9 @@ def source(port: int, messages: int, octets: int, sessions: int) -> None:
 
 def tls_messages(port: int, messages: int, octets: int) -> None:
     """The TLS client in its own process."""
-    subprocess.run([sys.executable, "-m", "bench.clients", "tls", str(port), str(messages), str(octets)], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "bench.clients", "tls", str(port), str(messages), str(octets)], check=True, timeout=300
+    )
 
 
 class Client:

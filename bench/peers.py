@@ -27,8 +27,14 @@ class Process:
 
     def __init__(self, argv: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         self.file = log.open("ab")
-        self.popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self.file, stderr=self.file,
-                                      env={**os.environ, **(env or {})}, start_new_session=True)
+        self.popen = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=self.file,
+            stderr=self.file,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
         self.log = log
 
     def until(self, ready: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -52,7 +58,10 @@ class Process:
         own = os.readlink(f"/proc/{self.popen.pid}/exe")
         found = [self.popen.pid]
         for child in children.read_text().split():
-            if os.readlink(f"/proc/{child}/exe") == own and b"gateway.sink" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            if (
+                os.readlink(f"/proc/{child}/exe") == own
+                and b"gateway.sink" not in Path(f"/proc/{child}/cmdline").read_bytes()
+            ):
                 found.append(int(child))
         return found
 
@@ -106,7 +115,9 @@ def answers(port: int) -> Callable[[], bool]:
 def start_sink(folder: Path) -> tuple[Process, int]:
     """smtp-sink without XCLIENT, XFORWARD and AUTH: a plain server that throws mail away."""
     port = free_port()
-    sink = Process(["/usr/sbin/smtp-sink", "-u", "nobody", "-a", "-C", "-F", f"127.0.0.1:{port}", "512"], folder / "sink.log")
+    sink = Process(
+        ["/usr/sbin/smtp-sink", "-u", "nobody", "-a", "-C", "-F", f"127.0.0.1:{port}", "512"], folder / "sink.log"
+    )
     sink.until(answers(port))
     return sink, port
 

@@ -14,7 +14,13 @@ stages in the file's order; a stage answers None (go on) or a *verdict*. What is
 `hookspecs.py` is the contract of each method, `gateway.testing` has what a stage's tests need.
 """
 
-from gateway.config.values import (
+from gateway.facts import EvaluationError, Expression, Fact, FactValue, Phase, Scope
+from gateway.protocol.sasl import Certificate, Digest, Password, Token
+from gateway.protocol.smtp import Reply, domain_of
+from gateway.session import Client, Listener, Recipient, Session, Transaction
+from gateway.stage import Attempt, Kind, Outcome, Peer, Settings, Stage, Worker
+from gateway.tables import ListFile
+from gateway.values import (
     Cidr,
     CidrList,
     Condition,
@@ -28,12 +34,6 @@ from gateway.config.values import (
     Size,
     TextExpression,
 )
-from gateway.facts import EvaluationError, Expression, Fact, FactValue, Phase, Scope
-from gateway.protocol.sasl import Certificate, Digest, Password, Token
-from gateway.protocol.smtp import Reply, domain_of
-from gateway.session import Client, Listener, Recipient, Session, Transaction
-from gateway.stage import Attempt, Kind, Outcome, Peer, Settings, Stage, Worker
-from gateway.tables import ListFile
 from gateway.verdicts import (
     AddHeader,
     Allow,

@@ -45,9 +45,7 @@ class Scope(Enum):
 class Getter(Protocol):
     """Reads a fact; transaction and recipient are None outside of them."""
 
-    def __call__(
-        self, session: Session, transaction: Transaction | None, recipient: Recipient | None
-    ) -> FactValue: ...
+    def __call__(self, session: Session, transaction: Transaction | None, recipient: Recipient | None) -> FactValue: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +113,7 @@ def _session(
 def _transaction(
     name: str, type: FactType, default: FactValue, phase: Phase, get: Callable[[Transaction], FactValue], help: str
 ) -> Fact:
-    return Fact(
-        name, type, default, phase, Scope.TRANSACTION, help, lambda s, t, r: default if t is None else get(t)
-    )
+    return Fact(name, type, default, phase, Scope.TRANSACTION, help, lambda s, t, r: default if t is None else get(t))
 
 
 def _recipient(name: str, get: Callable[[Recipient], FactValue], help: str) -> Fact:
@@ -127,7 +123,7 @@ def _recipient(name: str, get: Callable[[Recipient], FactValue], help: str) -> F
 def _tls(name: str, type: FactType, default: FactValue, attribute: str, help: str) -> Fact:
     def get(session: Session) -> FactValue:
         value = getattr(session.tls, attribute, None)
-        return default if value is None else value  # type: ignore[no-any-return]
+        return default if value is None else value
 
     return _session(name, type, default, Phase.SECURE, get, help)
 
@@ -136,17 +132,45 @@ _P = Phase
 BUILT_IN: tuple[Fact, ...] = (
     _session("client.address", "string", "", _P.CONNECT, lambda s: s.client.address, "Address of the client."),
     _session("client.port", "int", 0, _P.CONNECT, lambda s: s.client.port, "Port of the client."),
-    Fact("client.name", "string", "", _P.CONNECT, Scope.SESSION, "Verified host name of the client (needs reverse_dns).",
-         lambda s, t, r: s.client.name, provided=True),
-    Fact("client.reverse_name", "string", "", _P.CONNECT, Scope.SESSION, "Name in the PTR record, verified or not.",
-         lambda s, t, r: s.client.reverse_name, provided=True),
-    Fact("client.name_status", "string", "", _P.CONNECT, Scope.SESSION, "ok, unavailable or tempunavail.",
-         lambda s, t, r: s.client.name_status, provided=True),
-    _session("client.early", "bool", False, _P.GREETING, lambda s: s.early_talker, "The client spoke before the greeting."),
+    Fact(
+        "client.name",
+        "string",
+        "",
+        _P.CONNECT,
+        Scope.SESSION,
+        "Verified host name of the client (needs reverse_dns).",
+        lambda s, t, r: s.client.name,
+        provided=True,
+    ),
+    Fact(
+        "client.reverse_name",
+        "string",
+        "",
+        _P.CONNECT,
+        Scope.SESSION,
+        "Name in the PTR record, verified or not.",
+        lambda s, t, r: s.client.reverse_name,
+        provided=True,
+    ),
+    Fact(
+        "client.name_status",
+        "string",
+        "",
+        _P.CONNECT,
+        Scope.SESSION,
+        "ok, unavailable or tempunavail.",
+        lambda s, t, r: s.client.name_status,
+        provided=True,
+    ),
+    _session(
+        "client.early", "bool", False, _P.GREETING, lambda s: s.early_talker, "The client spoke before the greeting."
+    ),
     _session("listener.name", "string", "", _P.CONNECT, lambda s: s.listener.name, "Name or URL of the listener."),
     _session("listener.port", "int", 0, _P.CONNECT, lambda s: s.local[1], "Port of the listener."),
     _session("listener.address", "string", "", _P.CONNECT, lambda s: s.local[0], "Local address of the connection."),
-    _session("proxy.address", "string", "", _P.CONNECT, lambda s: s.peer[0], "The TCP peer: a proxy or the client itself."),
+    _session(
+        "proxy.address", "string", "", _P.CONNECT, lambda s: s.peer[0], "The TCP peer: a proxy or the client itself."
+    ),
     _session("protocol", "string", "smtp", _P.CONNECT, lambda s: s.protocol, "smtp"),
     _session("tls.active", "bool", False, _P.SECURE, lambda s: s.tls is not None, "The connection is encrypted."),
     _tls("tls.version", "string", "", "version", "TLSv1.2, TLSv1.3; empty in clear text."),
@@ -155,12 +179,26 @@ BUILT_IN: tuple[Fact, ...] = (
     _tls("tls.verified", "bool", False, "verified", "A client certificate was given and verified."),
     _session("helo.name", "string", "", _P.HELO, lambda s: s.helo, "Argument of HELO or EHLO."),
     _session("helo.esmtp", "bool", False, _P.HELO, lambda s: s.esmtp, "The client said EHLO."),
-    _session("auth.user", "string", "", _P.AUTH, lambda s: s.user, "The user as typed, lower-cased; empty before AUTH."),
-    _session("auth.domain", "string", "", _P.AUTH, lambda s: s.user.rpartition("@")[2] if "@" in s.user else "",
-             "What stands after the @ of the user."),
+    _session(
+        "auth.user", "string", "", _P.AUTH, lambda s: s.user, "The user as typed, lower-cased; empty before AUTH."
+    ),
+    _session(
+        "auth.domain",
+        "string",
+        "",
+        _P.AUTH,
+        lambda s: s.user.rpartition("@")[2] if "@" in s.user else "",
+        "What stands after the @ of the user.",
+    ),
     _session("auth.mechanism", "string", "", _P.AUTH, lambda s: s.auth_mechanism, "SASL mechanism used."),
-    _session("auth.trusted", "bool", False, _P.AUTH, lambda s: bool(s.user) or s.trusted,
-             "The client is authenticated or vouched for by a trusted XCLIENT peer."),
+    _session(
+        "auth.trusted",
+        "bool",
+        False,
+        _P.AUTH,
+        lambda s: bool(s.user) or s.trusted,
+        "The client is authenticated or vouched for by a trusted XCLIENT peer.",
+    ),
     _session("auth.failures", "int", 0, _P.AUTH, lambda s: s.auth_failures, "Failed AUTH commands of this session."),
     _session("session.transactions", "int", 0, _P.CONNECT, lambda s: s.transactions, "Transactions so far."),
     _transaction("mail.from", "string", "", _P.MAIL, lambda t: t.sender, "Sender address; empty for <>."),

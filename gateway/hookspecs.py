@@ -4,7 +4,6 @@ Signatures and docstrings only. A method may name fewer arguments than its spec,
 first line: a plain function; `a`: a coroutine; `s/a`: the author's choice. None always means: go on.
 """
 
-# ruff: noqa: B027
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,11 +12,18 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from gateway.facts import Phase
     from gateway.session import Recipient, Session, Transaction
     from gateway.stage import Attempt, Outcome, Peer, Worker
     from gateway.verdicts import (
-        Allow, Authenticated, Discard, Edit, Edits, Hold, Refuse, Rewrite, Upstream,
+        Allow,
+        Authenticated,
+        Discard,
+        Edit,
+        Edits,
+        Hold,
+        Refuse,
+        Rewrite,
+        Upstream,
     )
 
 hookspec = pluggy.HookspecMarker("gateway")
@@ -36,16 +42,19 @@ def stop() -> None:
 @hookspec
 def phases() -> Sequence[str]:
     """s. Names of the phases these settings need (default: all implemented). Decides the grade."""
+    return ()
 
 
 @hookspec
 def mechanisms(session: Session) -> Sequence[str]:
     """s. SASL mechanisms that this stage can verify in this session."""
+    return ()
 
 
 @hookspec
 def edits(transaction: Transaction) -> Edits:
     """s. Asked at DATA: whether the message will be edited: none, head or any."""
+    return "none"
 
 
 @hookspec

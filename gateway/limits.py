@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gateway.config.values import Duration, Size
+from gateway.values import Duration, Size
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -19,16 +19,26 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command_line: Size = Field(2048, description="Octets of a command line; longer ones are 500 5.5.2 (line_length_limit).")
+    command_line: Size = Field(
+        2048, description="Octets of a command line; longer ones are 500 5.5.2 (line_length_limit)."
+    )
     auth_line: Size = Field(12288, description="Octets of a SASL response line (RFC 4954 4).")
-    message_size: Size = Field(52_428_800, description="Octets of a message; SIZE announces the smaller of this and the upstream's.")
+    message_size: Size = Field(
+        52_428_800, description="Octets of a message; SIZE announces the smaller of this and the upstream's."
+    )
     recipients: Count = Field(1000, description="Recipients of a message (smtpd_recipient_limit); more are 452 4.5.3.")
     errors: Count = Field(20, description="Errors of a session before 421 (smtpd_hard_error_limit).")
-    junk_commands: Count = Field(100, description="NOOP, RSET, VRFY and repeated EHLO without mail before 421 (smtpd_junk_command_limit).")
+    junk_commands: Count = Field(
+        100, description="NOOP, RSET, VRFY and repeated EHLO without mail before 421 (smtpd_junk_command_limit)."
+    )
     auth_failures: Count = Field(3, description="Failed AUTH before 421 4.7.0.")
-    transactions: Count = Field(1000, description="Messages of a session before 421: a client opens a new connection then.")
+    transactions: Count = Field(
+        1000, description="Messages of a session before 421: a client opens a new connection then."
+    )
     sessions: Count = Field(10_000, description="Sessions at a time of one worker; more are 421.")
-    bdat_chunks: Count = Field(10_000, description="BDAT chunks of a message: many tiny chunks cost more than they carry.")
+    bdat_chunks: Count = Field(
+        10_000, description="BDAT chunks of a message: many tiny chunks cost more than they carry."
+    )
     ehlo_lines: Count = Field(100, description="Lines of an upstream's reply that are read.")
     received: Count = Field(50, description="Received fields of a message before it counts as a loop (hopcount_limit).")
 
@@ -46,4 +56,6 @@ class Limits(BaseModel):
     session_timeout: Duration = Field(86_400.0, description="A session in all.")
     idle_timeout: Duration = Field(600.0, description="After the hand-off: no byte in either direction.")
     auth_delay: Duration = Field(2.0, description="Wait before a failed AUTH is answered; it doubles, up to 15s.")
-    linger: Duration = Field(2.0, description="Wait for a client to take our last reply before the connection is closed.")
+    linger: Duration = Field(
+        2.0, description="Wait for a client to take our last reply before the connection is closed."
+    )

@@ -15,7 +15,7 @@ from gateway.verdicts import AddHeader, Allow, Refuse, Upstream
 
 if TYPE_CHECKING:
     from gateway.protocol.proxy_header import ProxyHeader
-    from gateway.relay.tls import TlsInfo
+    from gateway.relay.tls import ServerContext, TlsInfo
     from gateway.stage import Stage
 
 T = TypeVar("T")
@@ -25,16 +25,28 @@ Address = tuple[str, int]
 class Listener:
     """What a session knows of its listener."""
 
-    __slots__ = ("implicit_tls", "login_required", "name", "protocol", "proxy_protocol", "url")
+    __slots__ = ("capabilities", "implicit_tls", "login_required", "name", "protocol", "proxy_protocol", "tls", "url")
 
-    def __init__(self, url: str, *, name: str = "", protocol: str = "smtp", implicit_tls: bool = False,
-                 proxy_protocol: bool = False, login_required: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str = "",
+        protocol: str = "smtp",
+        implicit_tls: bool = False,
+        proxy_protocol: bool = False,
+        login_required: bool = False,
+        tls: ServerContext | None = None,
+        capabilities: dict[str, str] | None = None,
+    ) -> None:
         self.url = url
-        self.name = name or url
+        self.name: str = name or url
         self.protocol = protocol
         self.implicit_tls = implicit_tls
         self.proxy_protocol = proxy_protocol
         self.login_required = login_required
+        self.tls = tls  # the certificates; None: STARTTLS is not offered
+        self.capabilities = capabilities  # written by hand instead of computed
 
 
 class Client:
@@ -47,9 +59,9 @@ class Client:
     __slots__ = ("address", "name", "name_status", "port", "reverse_name")
 
     def __init__(self, address: str, port: int) -> None:
-        self.address = address
-        self.port = port
-        self.name = ""
+        self.address: str = address
+        self.port: int = port
+        self.name: str = ""
         self.reverse_name = ""
         self.name_status = ""
 
@@ -83,9 +95,9 @@ class Recipient:
     __slots__ = ("address", "allowed", "domain", "index", "original", "parameters", "reply", "upstream")
 
     def __init__(self, address: str, parameters: tuple[tuple[str, str | None], ...], index: int) -> None:
-        self.original = address
-        self.address = address
-        self.domain = domain_of(address)
+        self.original: str = address
+        self.address: str = address
+        self.domain: str = domain_of(address)
         self.parameters = parameters
         self.index = index
         self.allowed = False
@@ -103,22 +115,39 @@ class Recipient:
 class Transaction(_Stateful):
     """One message: sender, parameters, accepted recipients, size, and what stages want done to it."""
 
-    __slots__ = ("allowed", "asked", "declared_size", "discard", "facts", "head", "id", "original_sender", "parameters",
-                 "recipients", "refused", "reply", "sender", "sender_domain", "size", "smtputf8", "upstream")
+    __slots__ = (
+        "allowed",
+        "asked",
+        "declared_size",
+        "discard",
+        "facts",
+        "head",
+        "id",
+        "original_sender",
+        "parameters",
+        "recipients",
+        "refused",
+        "reply",
+        "sender",
+        "sender_domain",
+        "size",
+        "smtputf8",
+        "upstream",
+    )
 
     def __init__(self, id: str, sender: str, parameters: tuple[tuple[str, str | None], ...]) -> None:
         super().__init__()
         self.id = id
-        self.original_sender = sender
-        self.sender = sender
-        self.sender_domain = domain_of(sender)
+        self.original_sender: str = sender
+        self.sender: str = sender
+        self.sender_domain: str = domain_of(sender)
         self.parameters = parameters
         self.recipients: list[Recipient] = []
         self.refused: list[tuple[str, Reply]] = []
-        self.declared_size = 0
-        self.size = 0
-        self.smtputf8 = False
-        self.allowed = False
+        self.declared_size: int = 0
+        self.size: int = 0
+        self.smtputf8: bool = False
+        self.allowed: bool = False
         self.facts: dict[str, FactValue] | None = None
         self.head: list[AddHeader] | None = None
         self.discard = ""
@@ -148,39 +177,65 @@ class Session(_Stateful):
     """
 
     __slots__ = (
-        "allowed", "asked", "auth_failures", "auth_mechanism", "client", "early_talker", "esmtp", "facts", "helo", "hostname",
-        "id", "identity", "listener", "local", "login_upstream", "password", "peer", "pipeline", "postponed",
-        "protocol", "proxy_header", "started", "times", "tls", "transaction", "transactions", "trusted", "typed_user",
-        "upstream", "user",
+        "allowed",
+        "asked",
+        "auth_failures",
+        "auth_mechanism",
+        "client",
+        "early_talker",
+        "esmtp",
+        "facts",
+        "helo",
+        "hostname",
+        "id",
+        "identity",
+        "listener",
+        "local",
+        "password",
+        "peer",
+        "pipeline",
+        "postponed",
+        "protocol",
+        "proxy_header",
+        "started",
+        "times",
+        "tls",
+        "transaction",
+        "transactions",
+        "trusted",
+        "typed_user",
+        "upstream",
+        "user",
     )
 
-    def __init__(self, id: str, pipeline: str, listener: Listener, peer: Address, local: Address, started: float) -> None:
+    def __init__(
+        self, id: str, pipeline: str, listener: Listener, peer: Address, local: Address, started: float
+    ) -> None:
         super().__init__()
         self.id = id
         self.pipeline = pipeline
-        self.listener = listener
-        self.hostname = ""
-        self.protocol = listener.protocol
-        self.peer = peer
-        self.local = local
-        self.client = Client(*peer)
+        self.listener: Listener = listener
+        self.hostname: str = ""
+        self.protocol: str = listener.protocol
+        self.peer: Address = peer
+        self.local: Address = local
+        self.client: Client = Client(*peer)
         self.started = started
         self.proxy_header: ProxyHeader | None = None
         self.tls: TlsInfo | None = None
-        self.early_talker = False
-        self.helo = ""
-        self.esmtp = False
-        self.user = ""
-        self.typed_user = ""
-        self.identity = ""
+        self.early_talker: bool = False
+        self.helo: str = ""
+        self.esmtp: bool = False
+        self.user: str = ""
+        self.typed_user: str = ""
+        self.identity: str = ""
         self.password: str | None = None
-        self.auth_mechanism = ""
-        self.auth_failures = 0
-        self.login_upstream = False
-        self.trusted = False
+        self.auth_mechanism: str = ""
+        self.auth_failures: int = 0
+        self.trusted: bool = False
         self.upstream: Upstream | None = None
         self.transaction: Transaction | None = None
-        self.transactions = 0
+        self.transactions: int = 0
         self.allowed: Allow | None = None
         self.postponed: tuple[Refuse, str] | None = None
         self.facts: dict[str, FactValue] | None = None

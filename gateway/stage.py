@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import structlog
 
     from gateway.dns.resolver import Resolver
-    from gateway.session import Session
     from gateway.state.store import Store
     from gateway.verdicts import Cause
 
@@ -39,6 +38,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
     short_form: ClassVar[str | None] = None
+
+
+StageSettings = Settings
 
 
 class Worker(Protocol):
@@ -132,5 +134,5 @@ class Stage:
     id: str
     mode: Literal["off", "observe", "enforce"] | int = "enforce"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: StageSettings) -> None:
         self.settings = settings

@@ -22,7 +22,11 @@ def table(plan: Plan) -> str:
     head = Row("stage", "kind", "phases", "when", "mode", "provides", "requires")
     rows = [head, *plan.rows]
     fields = ["stage", "kind", "phases", "when", "mode", "provides", "requires"]
-    used = [name for name in fields if name in ("stage", "kind", "phases", "mode") or any(getattr(r, name) for r in plan.rows)]
+    used = [
+        name
+        for name in fields
+        if name in ("stage", "kind", "phases", "mode") or any(getattr(r, name) for r in plan.rows)
+    ]
     widths = {name: max(len(getattr(row, name)) for row in rows) for name in used}
     lines = [f"pipeline {plan.name}: {', '.join(listener.url for listener in plan.listeners)}"]
     for row in rows:

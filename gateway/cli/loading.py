@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from gateway.config.load import Loaded, load
-from gateway.config.problems import ConfigError
+from gateway.config.problems import ConfigError, Problem
 from gateway.pipeline.compile import Plan, compile_pipeline
 from gateway.pipeline.registry import Registry
 
@@ -28,7 +28,7 @@ def plans(paths: Sequence[str]) -> tuple[list[Plan], Loaded]:
         fail(str(error))
     registry = Registry()
     compiled: list[Plan] = []
-    problems = []
+    problems: list[Problem] = []
     for pipeline, document in loaded.pipelines:
         try:
             compiled.append(compile_pipeline(pipeline, document, registry))

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True)
-@click.option("--loop", "loop_name", type=click.Choice(["auto", "uvloop", "asyncio"]), default="auto",
-              help="Event loop; auto takes uvloop where it is installed.")
+@click.option(
+    "--loop",
+    "loop_name",
+    type=click.Choice(["auto", "uvloop", "asyncio"]),
+    default="auto",
+    help="Event loop; auto takes uvloop where it is installed.",
+)
 def command(paths: tuple[str, ...], loop_name: str) -> None:
     """Serve the pipelines of these files and folders."""
     compiled, loaded = plans(paths)

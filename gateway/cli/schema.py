@@ -35,8 +35,14 @@ def schema() -> dict[str, object]:
         allowed: list[dict[str, object]] = [settings]
         if stage.Settings.short_form:
             allowed.append({"not": {"type": "object"}})
-        entries.append({"type": "object", "properties": {name: {"anyOf": allowed}}, "required": [name],
-                        "additionalProperties": False})
+        entries.append(
+            {
+                "type": "object",
+                "properties": {name: {"anyOf": allowed}},
+                "required": [name],
+                "additionalProperties": False,
+            }
+        )
     result = settings_schema(Pipeline, definitions)
     pipeline_properties = result["properties"]
     assert isinstance(pipeline_properties, dict)

@@ -15,7 +15,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator,
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from gateway.config.values import NotA, json_schema, plain_schema, shown
+from gateway.values import NotA, json_schema, plain_schema, shown
 
 SCHEMES = ("smtp", "smtps")
 LATER_SCHEMES = (

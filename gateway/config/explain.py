@@ -17,7 +17,7 @@ from pydantic_core.core_schema import ErrorType
 
 from gateway.config.documents import Document
 from gateway.config.problems import Loc, Problem, did_you_mean, written_loc
-from gateway.config.values import NotA, shown
+from gateway.values import NotA, shown
 
 # What a value should have been, by pydantic's type of error. `{x}` is from the error's context.
 _KINDS = {

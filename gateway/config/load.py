@@ -18,7 +18,7 @@ from gateway.config.documents import Document, read
 from gateway.config.explain import problems_from
 from gateway.config.models import Pipeline, Process
 from gateway.config.problems import ConfigError, Loc, Place, Problem, written_loc
-from gateway.config.values import shown
+from gateway.values import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 

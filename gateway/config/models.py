@@ -31,7 +31,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gateway.config.addresses import Hostname, ListenUrl, Resolver, ServerUrl
 from gateway.config.problems import Loc
-from gateway.config.values import (
+from gateway.limits import Limits
+from gateway.values import (
     CidrList,
     Condition,
     Duration,
@@ -42,7 +43,6 @@ from gateway.config.values import (
     parse_percent,
     shown,
 )
-from gateway.limits import Limits
 
 
 class _Model(BaseModel):

@@ -23,6 +23,8 @@ def ehlo_offer(conversation: SmtpConversation) -> dict[str, str]:
     """Keyword to parameters, in the order in which they are announced."""
     served, session = conversation.served, conversation.session
     profile = upstream_profile(conversation)
+    if session.listener.capabilities is not None:
+        return _narrowed(conversation, dict(session.listener.capabilities))
     offer: dict[str, str] = {}
     read = conversation.hand_off is HandOff.NEVER  # after a hand-off only the upstream's own words count
     if read or "PIPELINING" in profile:
@@ -38,7 +40,7 @@ def ehlo_offer(conversation: SmtpConversation) -> dict[str, str]:
     mechanisms = offered_mechanisms(conversation)
     if mechanisms:
         offer["AUTH"] = " ".join(mechanisms)
-    if served.tls is not None and session.tls is None and not session.listener.implicit_tls:
+    if session.listener.tls is not None and session.tls is None:
         offer["STARTTLS"] = ""
     if session.peer[0] in served.trust_xclient:
         offer["XCLIENT"] = XCLIENT
@@ -95,8 +97,14 @@ def _narrowed(conversation: SmtpConversation, offer: dict[str, str]) -> dict[str
         try:
             hook(conversation.session, offer)
         except Exception as error:
-            log.warning("stage_failure", session=conversation.session.id, stage=stage.id, phase="capabilities",
-                        error=f"{type(error).__name__}: {error}", action="pass")
+            log.warning(
+                "stage_failure",
+                session=conversation.session.id,
+                stage=stage.id,
+                phase="capabilities",
+                error=f"{type(error).__name__}: {error}",
+                action="pass",
+            )
         for keyword in set(offer) - before:
             del offer[keyword]
     return offer

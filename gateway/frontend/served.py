@@ -9,7 +9,6 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from gateway.limits import Limits
-from gateway.relay.tls import ServerContext
 from gateway.upstream.pool import Pool, Pools
 
 if TYPE_CHECKING:
@@ -64,9 +63,9 @@ class Served:
     pool: Pool | None
     hand_off: HandOff
     new_id: Callable[[], str]
-    tls: ServerContext | None = None
     trust_proxy: Networks = field(default_factory=Networks)
     trust_xclient: Networks = field(default_factory=Networks)
+    trust_clients: Networks = field(default_factory=Networks)
     debug_clients: Networks = field(default_factory=Networks)
     allow_plaintext_auth: bool = False
     auth_required: bool = False

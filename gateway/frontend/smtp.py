@@ -107,7 +107,7 @@ class SmtpConversation:
             self.reason = "client reset" if self.gone else "shutdown"
         except Exception as error:
             self.reason = f"internal error: {type(error).__name__}: {error}"
-            log.exception("internal_error", session=self.session.id)
+            log.exception("internal_error", session=self.session.id, pipeline=self.session.pipeline)
             self.out.append(smtp_reply(Refuse(Cause.STAGE_FAILED, disconnect=True), self.shown_id).encode())
         finally:
             await self._finish()
@@ -128,7 +128,7 @@ class SmtpConversation:
     async def _begin(self, first: bool) -> None:
         """From the client's address to the greeting."""
         served, chain, session = self.served, self.chain, self.session
-        self.trusted_lines = session.client.address in served.trust_xclient or session.trusted
+        self.trusted_lines = session.trusted or session.client.address in served.trust_clients
         if served.draining:
             await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "greeting")
         if served.sessions > self.limits.sessions:
@@ -174,7 +174,7 @@ class SmtpConversation:
 
     async def start_tls(self) -> None:
         """A handshake, then the `secure` phase. What was known of the client before is forgotten (RFC 3207 4.2)."""
-        context = self.served.tls
+        context = self.session.listener.tls
         assert context is not None
         self.wire.set_deadline(self.limits.tls_timeout)
         try:
@@ -184,6 +184,9 @@ class SmtpConversation:
         session = self.session
         session.tls = self.wire.tls
         session.helo, session.esmtp = "", False
+        if context.verify == "required" and session.tls is not None and not session.tls.verified:
+            refuse = Refuse(Cause.CERTIFICATE_REQUIRED, disconnect=True, log=session.tls.verify_error)
+            await self.refuse_and_close(refuse, "secure")
         if self.chain.secure:
             result = await self.chain.ask(self.chain.secure, session)
             if result.refuse is not None:
@@ -275,7 +278,9 @@ class SmtpConversation:
         """Commands that carry no mail (postconf(5) smtpd_junk_command_limit)."""
         self.junk += 1
         if self.junk > self.limits.junk_commands:
-            self.refuse(Refuse(Cause.TOO_MANY_ERRORS, text="too many commands without mail", disconnect=True), "command")
+            self.refuse(
+                Refuse(Cause.TOO_MANY_ERRORS, text="too many commands without mail", disconnect=True), "command"
+            )
             raise Closing("too many junk commands")
 
     async def must_be_last(self) -> None:
@@ -320,10 +325,20 @@ class SmtpConversation:
         session = self.session
         self.refusals += 1
         transaction = session.transaction
-        log.info("refusal", session=session.id, pipeline=session.pipeline, client=session.client.address, phase=phase,
-                 stage=stage, cause=refuse.cause.value, reply="" if reply is None else f"{reply.code} {reply.text}",
-                 user=session.typed_user, helo=session.helo,
-                 sender=transaction.sender if transaction is not None else None, detail=refuse.log or None)
+        log.info(
+            "refusal",
+            session=session.id,
+            pipeline=session.pipeline,
+            client=session.client.address,
+            phase=phase,
+            stage=stage,
+            cause=refuse.cause.value,
+            reply="" if reply is None else f"{reply.code} {reply.text}",
+            user=session.typed_user,
+            helo=session.helo,
+            sender=transaction.sender if transaction is not None else None,
+            detail=refuse.log or None,
+        )
         if self.chain.settled:
             code = reply.code // 100 if reply is not None else 5
             self.chain.tell_settled(session, Outcome(phase, code, refuse.cause, stage, reply))
@@ -416,11 +431,23 @@ class SmtpConversation:
         if self.chain.close:
             await self.chain.tell_close(self.session)
         session = self.session
-        log.info("session", session=session.id, pipeline=session.pipeline, client=session.client.address,
-                 port=session.client.port, helo=session.helo, user=session.typed_user, name=session.client.name,
-                 tls=session.tls.version if session.tls is not None else "", transactions=session.transactions,
-                 refusals=self.refusals, bytes_in=self.wire.bytes_in, bytes_out=self.wire.bytes_out,
-                 seconds=round(perf_counter() - session.started, 3), reason=self.reason)
+        log.info(
+            "session",
+            session=session.id,
+            pipeline=session.pipeline,
+            client=session.client.address,
+            port=session.client.port,
+            helo=session.helo,
+            user=session.typed_user,
+            name=session.client.name,
+            tls=session.tls.version if session.tls is not None else "",
+            transactions=session.transactions,
+            refusals=self.refusals,
+            bytes_in=self.wire.bytes_in,
+            bytes_out=self.wire.bytes_out,
+            seconds=round(perf_counter() - session.started, 3),
+            reason=self.reason,
+        )
 
     async def _finish(self) -> None:
         self.wire.on_gone = None
@@ -469,7 +496,7 @@ async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
     wire = conversation.wire
     if conversation.session.tls is not None:
         conversation.error("503 5.5.1 TLS already active")
-    elif conversation.served.tls is None:
+    elif conversation.session.listener.tls is None:
         conversation.error("502 5.5.1 STARTTLS not offered")
     elif command.argument:
         conversation.error("501 5.5.4 no parameters allowed")
@@ -510,7 +537,9 @@ async def _expn(conversation: SmtpConversation, command: Command) -> bool:
 
 async def _help(conversation: SmtpConversation, command: Command) -> bool:
     conversation.count_junk()
-    conversation.write(b"214 2.0.0 see RFC 5321; commands: EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n")
+    conversation.write(
+        b"214 2.0.0 see RFC 5321; commands: EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n"
+    )
     return False
 
 

@@ -138,8 +138,14 @@ async def _succeeded(conversation: SmtpConversation, credentials: sasl.Credentia
             _forget_login(conversation)
             await _answer_failure(conversation, credentials, refuse, "upstream")
             return False
-    log.info("auth", session=session.id, pipeline=session.pipeline, client=session.client.address,
-             user=session.typed_user, mechanism=credentials.mechanism)
+    log.info(
+        "auth",
+        session=session.id,
+        pipeline=session.pipeline,
+        client=session.client.address,
+        user=session.typed_user,
+        mechanism=credentials.mechanism,
+    )
     conversation.write(AUTHENTICATED.encode())
     conversation.tell_settled(Phase.AUTH, AUTHENTICATED)
     if conversation.hand_off is HandOff.LOGIN:
@@ -171,9 +177,17 @@ async def _answer_failure(
     session, limits = conversation.session, conversation.limits
     session.auth_failures += 1
     user = getattr(credentials, "user", "") or getattr(credentials, "authzid", "")
-    log.info("auth_failure", session=session.id, pipeline=session.pipeline, client=session.client.address,
-             user=user, mechanism=credentials.mechanism, cause=refuse.cause.value, stage=stage,
-             detail=refuse.log or None)
+    log.info(
+        "auth_failure",
+        session=session.id,
+        pipeline=session.pipeline,
+        client=session.client.address,
+        user=user,
+        mechanism=credentials.mechanism,
+        cause=refuse.cause.value,
+        stage=stage,
+        detail=refuse.log or None,
+    )
     delay = min(MAX_DELAY, limits.auth_delay * 2 ** (session.auth_failures - 1))
     loop = conversation.wire.loop
     conversation.flush()

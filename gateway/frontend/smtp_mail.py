@@ -168,8 +168,10 @@ async def _pool_for(conversation: SmtpConversation, recipient: Recipient | None)
             return result.refuse
         if result.upstream is not None:
             chosen = result.upstream
-    return _pool_named(conversation, chosen) if chosen is not None else served.pool or Refuse(
-        Cause.NO_ROUTE, log="no stage routed this mail and splice names no pool"
+    return (
+        _pool_named(conversation, chosen)
+        if chosen is not None
+        else served.pool or Refuse(Cause.NO_ROUTE, log="no stage routed this mail and splice names no pool")
     )
 
 
@@ -178,7 +180,7 @@ def _pool_named(conversation: SmtpConversation, chosen: Upstream) -> Pool | Refu
     try:
         if chosen.server:
             return pools.server(chosen.server)
-        return pools.get(chosen.pool)
+        return pools[chosen.pool]
     except KeyError:
         return Refuse(Cause.NO_ROUTE, log=f"no pool named {chosen.pool!r}")
     except ValueError as error:
@@ -260,7 +262,9 @@ async def _say_mail(conversation: SmtpConversation, connection: Connection) -> R
 def _drop(conversation: SmtpConversation, error: UpstreamError) -> None:
     """The connection is of no use any more."""
     connection, conversation.connection = conversation.connection, None
-    log.info("upstream_failure", session=conversation.session.id, server=error.server, kind=error.kind, error=str(error))
+    log.info(
+        "upstream_failure", session=conversation.session.id, server=error.server, kind=error.kind, error=str(error)
+    )
     if connection is not None:
         connection.abort()
 
@@ -303,8 +307,14 @@ async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -
     try:
         result = await splice(conversation.wire, connection.wire, idle=conversation.limits.idle_timeout)
         conversation.reason = "handed off"
-        log.info("spliced", session=session.id, server=connection.server.url, bytes_up=result.bytes_up,
-                 bytes_down=result.bytes_down, reason=result.reason)
+        log.info(
+            "spliced",
+            session=session.id,
+            server=connection.server.url,
+            bytes_up=result.bytes_up,
+            bytes_down=result.bytes_down,
+            reason=result.reason,
+        )
     finally:
         conversation.connection = None
         connection.abort()
@@ -668,7 +678,9 @@ async def bdat(conversation: SmtpConversation, command: Command) -> bool:
             assert connection is not None
             state.relay = _content_relay(conversation, connection)
     if state.chunks > conversation.limits.bdat_chunks:
-        await conversation.refuse_and_close(Refuse(Cause.TOO_MANY_ERRORS, text="too many chunks", disconnect=True), "data")
+        await conversation.refuse_and_close(
+            Refuse(Cause.TOO_MANY_ERRORS, text="too many chunks", disconnect=True), "data"
+        )
     relay = state.relay
     if relay is None:
         await _skip(conversation, size)
@@ -745,9 +757,19 @@ def _record(conversation: SmtpConversation, reply: Reply) -> None:
     refused = [f"{address} {answer.code} {answer.text}" for address, answer in transaction.refused]
     times = {stage: round(seconds * 1000, 3) for stage, seconds in (session.times or {}).items()}
     session.times = None
-    log.info("transaction", session=session.id, id=transaction.id, pipeline=session.pipeline,
-             client=session.client.address, user=session.typed_user, sender=transaction.original_sender,
-             recipients=accepted, refused=refused, size=transaction.size,
-             upstream=connection.server.url if connection is not None else "",
-             reply=f"{reply.code} {reply.text}", stage_ms=times,
-             seconds=round(perf_counter() - conversation.mail.begun, 3))
+    log.info(
+        "transaction",
+        session=session.id,
+        id=transaction.id,
+        pipeline=session.pipeline,
+        client=session.client.address,
+        user=session.typed_user,
+        sender=transaction.original_sender,
+        recipients=accepted,
+        refused=refused,
+        size=transaction.size,
+        upstream=connection.server.url if connection is not None else "",
+        reply=f"{reply.code} {reply.text}",
+        stage_ms=times,
+        seconds=round(perf_counter() - conversation.mail.begun, 3),
+    )

@@ -61,8 +61,9 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
         conversation.error("503 5.5.1 mail transaction in progress")
         return False
     attributes = codec.parse(command.argument)
-    fresh = Session(conversation.served.new_id(), session.pipeline, session.listener, session.peer, session.local,
-                    session.started)
+    fresh = Session(
+        conversation.served.new_id(), session.pipeline, session.listener, session.peer, session.local, session.started
+    )
     fresh.hostname = session.hostname
     fresh.tls = session.tls
     fresh.proxy_header = session.proxy_header

@@ -180,8 +180,14 @@ class Chain:
     def _failed(self, step: Step, error: Exception, result: Result, session: Session) -> bool:
         """`on_error`; True ends the phase."""
         refuse = unanswered(step, error)
-        log.warning("stage_failure", session=session.id, stage=step.stage.id, phase=step.phase.name.lower(),
-                    error=refuse.log, action=step.on_error)
+        log.warning(
+            "stage_failure",
+            session=session.id,
+            stage=step.stage.id,
+            phase=step.phase.name.lower(),
+            error=refuse.log,
+            action=step.on_error,
+        )
         if step.phase is Phase.AUTH:
             result.failed = True
             return False
@@ -191,8 +197,15 @@ class Chain:
 
     def _refuse(self, step: Step, refuse: Refuse, result: Result, session: Session) -> bool:
         if step.enforce < 100 and not _enforced(step, session):
-            log.info("observed", session=session.id, stage=step.stage.id, phase=step.phase.name.lower(),
-                     client=session.client.address, cause=refuse.cause.value, text=refuse.text)
+            log.info(
+                "observed",
+                session=session.id,
+                stage=step.stage.id,
+                phase=step.phase.name.lower(),
+                client=session.client.address,
+                cause=refuse.cause.value,
+                text=refuse.text,
+            )
             return False
         if step.postpone and not refuse.disconnect:
             if session.postponed is None:
@@ -344,5 +357,11 @@ def _subjects(phase: Phase, session: Session, transaction: Transaction | None) -
 
 
 def _look_failed(stage: Stage, hook: str, session: Session, error: Exception) -> None:
-    log.warning("stage_failure", session=session.id, stage=stage.id, phase=hook,
-                error=f"{type(error).__name__}: {error}", action="pass")
+    log.warning(
+        "stage_failure",
+        session=session.id,
+        stage=stage.id,
+        phase=hook,
+        error=f"{type(error).__name__}: {error}",
+        action="pass",
+    )

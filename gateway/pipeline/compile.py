@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -30,8 +31,16 @@ from gateway.stage import Kind, Settings, Stage
 from gateway.tables import ListFile
 from gateway.upstream.pool import PoolSettings
 
-TWO_ARGUMENTS = {Phase.HELO: "name", Phase.AUTH: "attempt", Phase.MAIL: "transaction", Phase.RCPT: "recipient",
-                 Phase.DATA: "transaction", Phase.MESSAGE: "message", Phase.ROUTE: "recipient"}
+FoundT = TypeVar("FoundT")
+TWO_ARGUMENTS = {
+    Phase.HELO: "name",
+    Phase.AUTH: "attempt",
+    Phase.MAIL: "transaction",
+    Phase.RCPT: "recipient",
+    Phase.DATA: "transaction",
+    Phase.MESSAGE: "message",
+    Phase.ROUTE: "recipient",
+}
 POSTPONED = (Phase.CONNECT, Phase.GREETING, Phase.HELO)
 CAUGHT_UP = (Phase.CONNECT, Phase.SECURE, Phase.GREETING, Phase.HELO, Phase.MAIL, Phase.RCPT)
 LOGIN_GRACE, OTHER_GRACE = 45.0, 240.0
@@ -82,7 +91,8 @@ class Plan:
     sends_proxy_header: bool = False
     max_received: int = 0
     end_of_data: float = OTHER_GRACE
-    health_interval: float = 30.0
+    trust_clients: Networks = field(default_factory=Networks)
+    certificate_required: bool = False
     resolvers: list[tuple[str, int]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -178,7 +188,9 @@ class _Compiler:
         facts: list[Fact] = [*BUILT_IN]
         for _, stage in self.entries:
             for fact in stage.facts:
-                facts.append(Fact(f"{stage.id}.{fact.name}", fact.type, fact.default, fact.phase, fact.scope, fact.help))
+                facts.append(
+                    Fact(f"{stage.id}.{fact.name}", fact.type, fact.default, fact.phase, fact.scope, fact.help)
+                )
         conditions = Conditions(facts, _listed(self.pipeline.tables, self.document, self.problems))
         for entry, stage in self.entries:
             for loc, expression in _found(stage.settings, Expression, entry.loc):
@@ -197,18 +209,30 @@ class _Compiler:
         except ConditionError as error:
             name = error.text.rpartition("undeclared reference to ")[2].strip("'") if "undeclared" in error.text else ""
             hint = did_you_mean(name, conditions.facts) if name else ""
-            self.problem(loc, f"column {error.column} of {expression.text!r}: {error.text}",
-                         hint or "`gateway stages --facts` lists the facts")
+            self.problem(
+                loc,
+                f"column {error.column} of {self._as_written(loc, expression.text)!r}: {error.text}",
+                hint or "`gateway stages --facts` lists the facts",
+            )
             return
         for name in names:
             fact = conditions.facts[name]
             if fact.provided and not self._provided_before(stage, name):
                 provider = next((n for n in self.registry.names() if _provides(self.registry, n, name)), "")
-                self.problem(loc, f"{name} is known only if a stage before this one provides it",
-                             f"add {provider or 'such a stage'} above {entry.name}")
+                self.problem(
+                    loc,
+                    f"{name} is known only if a stage before this one provides it",
+                    f"add {provider or 'such a stage'} above {entry.name}",
+                )
             owner = name.partition(".")[0]
             if fact.get is None and not any(s.id == owner for s in self._before(stage)):
                 self.problem(loc, f"{name} is set by a stage that comes later", f"move {owner} above {entry.name}")
+
+    def _as_written(self, loc: Loc, text: str) -> str:
+        """The text with what was expanded in it as the file writes it: it may be a secret."""
+        for value, written in self.document.expanded(loc):
+            text = text.replace(value, written)
+        return text
 
     def _before(self, stage: Stage) -> Iterable[Stage]:
         for _, other in self.entries:
@@ -233,22 +257,26 @@ class _Compiler:
         if stage is not self.entries[-1][1]:
             self.problem(entry.loc, f"{entry.name} ends the chain, but stages follow it", "write it last")
         if stage.mode == "off" or stage in self.when:
-            self.problem(entry.loc, f"{entry.name} ends the chain and cannot be off or conditional",
-                         "remove its mode and when")
+            self.problem(
+                entry.loc, f"{entry.name} ends the chain and cannot be off or conditional", "remove its mode and when"
+            )
 
     def _check_modes(self) -> None:
         for entry, stage in self.entries:
             reserved = entry.reserved
             identity = stage.decides_identity or stage.kind is Kind.PLUMBING
             if identity and stage.mode not in ("off", "enforce"):
-                self.problem((*entry.loc, "mode"), f"{entry.name} cannot be observed or enforced in part",
-                             "write off or enforce")
+                self.problem(
+                    (*entry.loc, "mode"), f"{entry.name} cannot be observed or enforced in part", "write off or enforce"
+                )
             if reserved.on_error == "pass" and (stage.never_pass or stage.kind is Kind.GUARD):
-                self.problem((*entry.loc, "on_error"), f"{entry.name} guards and cannot fail open",
-                             "write tempfail, reject or disconnect")
+                self.problem(
+                    (*entry.loc, "on_error"),
+                    f"{entry.name} guards and cannot fail open",
+                    "write tempfail, reject or disconnect",
+                )
             if reserved.refuse_at is not None and not any(hasattr(stage, p.name.lower()) for p in POSTPONED):
-                self.problem((*entry.loc, "refuse_at"), f"{entry.name} refuses nothing before RCPT",
-                             "remove refuse_at")
+                self.problem((*entry.loc, "refuse_at"), f"{entry.name} refuses nothing before RCPT", "remove refuse_at")
             if hasattr(stage, "message"):
                 self.problem(entry.loc, f"{entry.name} needs the content of messages, which this version does not read")
 
@@ -261,28 +289,40 @@ class _Compiler:
             if when is None:
                 continue
             phases = [phase for phase in _implemented(stage) if phase >= when.phase]
-            upstream = any(hasattr(stage, hook) for hook in ("upstream_connect", "upstream_ready", "upstream_login", "upstream_mail"))
+            upstream = any(
+                hasattr(stage, hook)
+                for hook in ("upstream_connect", "upstream_ready", "upstream_login", "upstream_mail")
+            )
             if not phases and not upstream:
-                self.problem((*entry.loc, "when"),
-                             f"known from {when.phase.name.lower()} on, but {entry.name} is asked only before that",
-                             "use facts that are known earlier")
+                self.problem(
+                    (*entry.loc, "when"),
+                    f"known from {when.phase.name.lower()} on, but {entry.name} is asked only before that",
+                    "use facts that are known earlier",
+                )
             elif upstream and not phases:
-                self.problem((*entry.loc, "when"), f"{entry.name} works at the upstream and takes no condition",
-                             "route to another pool instead")
+                self.problem(
+                    (*entry.loc, "when"),
+                    f"{entry.name} works at the upstream and takes no condition",
+                    "route to another pool instead",
+                )
 
     def _check_pools(self) -> None:
         known = self.pipeline.upstreams
         for entry, stage in self.entries:
-            for loc, name in _found(stage.settings, PoolName, entry.loc):
-                if name not in known:
-                    self.problem(loc, f"no pool named {str(name)!r} in upstreams", did_you_mean(name, known))
-        listening = {(listener.host or "127.0.0.1", listener.port) for listener in self._listeners() if not listener.path}
+            for loc, pool_name in _found(stage.settings, PoolName, entry.loc):
+                if pool_name not in known:
+                    self.problem(loc, f"no pool named {str(pool_name)!r} in upstreams", did_you_mean(pool_name, known))
+        listening = {
+            (listener.host or "127.0.0.1", listener.port) for listener in self._listeners() if not listener.path
+        }
         for name, pool in known.items():
             for index, server in enumerate(pool.servers):
                 if (server.url.host, server.url.port) in listening and not server.url.path:
-                    self.problem(("upstreams", name, "servers", index),
-                                 f"{server.url} is a listener of this pipeline: mail would go in a circle",
-                                 "name the real server")
+                    self.problem(
+                        ("upstreams", name, "servers", index),
+                        f"{server.url} is a listener of this pipeline: mail would go in a circle",
+                        "name the real server",
+                    )
 
     def _check_tls(self) -> None:
         certificates = bool(self.pipeline.tls.certificates)
@@ -290,10 +330,17 @@ class _Compiler:
         for index, listener in enumerate(self._listeners()):
             if listener.implicit_tls and not certificates:
                 self.problem(("listen", index), f"{listener.url} needs a certificate", "add tls.certificates")
-        if not certificates and not self.pipeline.allow_plaintext_auth and any(_required(stage) for _, stage in self.entries):
+        if (
+            not certificates
+            and not self.pipeline.allow_plaintext_auth
+            and any(_required(stage) for _, stage in self.entries)
+        ):
             entry = auth[0]
-            self.problem(entry.loc, "AUTH is offered only under TLS, and there is no certificate",
-                         "add tls.certificates, or allow_plaintext_auth: true")
+            self.problem(
+                entry.loc,
+                "AUTH is offered only under TLS, and there is no certificate",
+                "add tls.certificates, or allow_plaintext_auth: true",
+            )
         for entry, stage in self.entries:
             if entry.name == "require_tls" and not certificates and stage.mode != "off":
                 self.problem(entry.loc, "nobody can use TLS here: there is no certificate", "add tls.certificates")
@@ -307,9 +354,13 @@ class _Compiler:
             return
         if all(server.url.embedded for pool in self.pipeline.upstreams.values() for server in pool.servers):
             return  # an embedded server delivers to its own Maildir only
-        self.problem(("stages",), "mail without login reaches the upstream with the gateway's own address, "
-                     "which the upstream may trust: an open relay",
-                     "add xclient, proxy_header, recipient_domains or a required login, or write relay: open", key=True)
+        self.problem(
+            ("stages",),
+            "mail without login reaches the upstream with the gateway's own address, "
+            "which the upstream may trust: an open relay",
+            "add xclient, proxy_header, recipient_domains or a required login, or write relay: open",
+            key=True,
+        )
 
     # -- steps ----------------------------------------------------------------------------------------------
 
@@ -339,8 +390,18 @@ class _Compiler:
             postpone = phase in POSTPONED and reserved.refuse_at == "rcpt"
         mode = stage.mode
         enforce = 100 if mode == "enforce" else 0 if mode == "observe" else int(mode)
-        return Step(stage, index, phase, _bound(stage, phase), stage.kind is Kind.CHECK, enforce, when,
-                    reserved.timeout or stage.timeout, reserved.on_error or "tempfail", postpone)
+        return Step(
+            stage,
+            index,
+            phase,
+            _bound(stage, phase),
+            stage.kind is Kind.CHECK,
+            enforce,
+            when,
+            reserved.timeout or stage.timeout,
+            reserved.on_error or "tempfail",
+            postpone,
+        )
 
     # -- the grade ------------------------------------------------------------------------------------------
 
@@ -384,9 +445,18 @@ class _Compiler:
         plans = []
         for listener in self.pipeline.listen:
             url = listener.url
-            plans.append(ListenerPlan(str(url), listener.name or str(url), url.host, url.port, url.path,
-                                      url.implicit_tls, listener.proxy_protocol == "required",
-                                      _keywords(listener)))
+            plans.append(
+                ListenerPlan(
+                    str(url),
+                    listener.name or str(url),
+                    url.host,
+                    url.port,
+                    url.path,
+                    url.implicit_tls,
+                    listener.proxy_protocol == "required",
+                    _keywords(listener),
+                )
+            )
         return plans
 
     def _server_context(self, tls: Tls, loc: Loc) -> ServerContext | None:
@@ -395,6 +465,7 @@ class _Compiler:
         try:
             return ServerContext(
                 [Certificate(str(pair.chain), str(pair.key)) for pair in tls.certificates],
+                minimum=tls.minimum_version,
                 client_ca=str(tls.client_ca) if tls.client_ca else None,
                 verify=tls.verify_client,
                 ciphers=tls.ciphers,
@@ -419,7 +490,9 @@ class _Compiler:
     def _result(self, chain: Chain, hand_off: HandOff, reason: str) -> Plan:
         pipeline, stages = self.pipeline, chain.stages
         required = any(_required(stage) for stage in stages)
-        received = [getattr(stage.settings, "max_hops", 0) for stage in stages if getattr(stage, "counts_received", False)]
+        received = [
+            getattr(stage.settings, "max_hops", 0) for stage in stages if getattr(stage, "counts_received", False)
+        ]
         limits = pipeline.limits
         plan = Plan(
             name=pipeline.name or Path(self.document.file).stem,
@@ -436,6 +509,7 @@ class _Compiler:
             tls=self._server_context(pipeline.tls, ("tls", "certificates")),
             trust_proxy=Networks(pipeline.trust.proxy),
             trust_xclient=Networks(pipeline.trust.xclient),
+            trust_clients=Networks(pipeline.trust.clients),
             debug_clients=Networks(pipeline.log.debug_clients),
             allow_plaintext_auth=pipeline.allow_plaintext_auth,
             auth_required=required,
@@ -450,11 +524,15 @@ class _Compiler:
             resolvers=[(one.host, one.port) for one in pipeline.resolvers],
         )
         if plan.always_hand_off:
-            plan.warnings.append("splice.handoff: always: the client may inherit what the upstream trusts the gateway with")
+            plan.warnings.append(
+                "splice.handoff: always: the client may inherit what the upstream trusts the gateway with"
+            )
         for listener in plan.listeners:
             if listener.capabilities is not None:
-                plan.warnings.append(f"{listener.url}: capabilities are written by hand, not computed: "
-                                     "what is announced there may not be carried")
+                plan.warnings.append(
+                    f"{listener.url}: capabilities are written by hand, not computed: "
+                    "what is announced there may not be carried"
+                )
         return plan
 
     def _rows(self) -> list[Row]:
@@ -468,14 +546,30 @@ class _Compiler:
                 phases = [n for n in phases if n not in _PHASE_NAMES or Phase[n.upper()] >= when.phase]
             mode = stage.mode if isinstance(stage.mode, str) else f"{stage.mode}%"
             provides = sorted(stage.provides) + [f"{stage.id}.{fact.name}" for fact in stage.facts]
-            rows.append(Row(stage.id, stage.kind.value, " ".join(phases), when.text if when else "", mode,
-                            " ".join(provides), " ".join(sorted(stage.requires))))
+            rows.append(
+                Row(
+                    stage.id,
+                    stage.kind.value,
+                    " ".join(phases),
+                    when.text if when else "",
+                    mode,
+                    " ".join(provides),
+                    " ".join(sorted(stage.requires)),
+                )
+            )
         return rows
 
 
 _PHASE_NAMES = frozenset(phase.name.lower() for phase in Phase)
-_HOOKS = (*[phase.name.lower() for phase in Phase], "capabilities", "mechanisms", "upstream_connect", "upstream_ready",
-          "upstream_login", "upstream_mail")
+_HOOKS = (
+    *[phase.name.lower() for phase in Phase],
+    "capabilities",
+    "mechanisms",
+    "upstream_connect",
+    "upstream_ready",
+    "upstream_login",
+    "upstream_mail",
+)
 
 
 def hook_names(stage: Stage | type[Stage]) -> list[str]:
@@ -519,7 +613,7 @@ def _bound(stage: Stage, phase: Phase) -> Call:
     return lambda session, _: method()
 
 
-def _found(value: object, wanted: type, loc: Loc) -> Iterable[tuple[Loc, object]]:  # type: ignore[type-arg]
+def _found(value: object, wanted: type[FoundT], loc: Loc) -> Iterable[tuple[Loc, FoundT]]:
     """Every object of a type inside settings, with its place in the document."""
     if isinstance(value, wanted):
         yield loc, value
@@ -575,7 +669,14 @@ def _pool_settings(pool: PoolModel) -> PoolSettings:
         server_name=pool.server_name,
         source=pool.source,
         reuse=pool.reuse is not None,
+        reuse_transactions=pool.reuse.transactions if pool.reuse else 20,
+        reuse_idle=pool.reuse.idle if pool.reuse else 30.0,
         assume=tuple(pool.capabilities.assume) if pool.capabilities else None,
         connect_timeout=pool.connect_timeout,
         command_timeout=pool.command_timeout,
+        health_interval=pool.health.interval,
+        health_timeout=pool.health.timeout,
+        health_fall=pool.health.fall,
+        health_rise=pool.health.rise,
+        slow_start=pool.health.slow_start,
     )

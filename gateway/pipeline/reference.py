@@ -29,7 +29,9 @@ def settings_rows(model: type[BaseModel]) -> list[SettingRow]:
         default = field.default
         if default is PydanticUndefined:
             default = field.default_factory() if field.default_factory is not None else PydanticUndefined  # type: ignore[call-arg]
-        rows.append(SettingRow(name, _type_words(schema), _shown(default), field.description or schema.get("description", "")))
+        rows.append(
+            SettingRow(name, _type_words(schema), _shown(default), field.description or schema.get("description", ""))
+        )
     return rows
 
 
@@ -58,7 +60,9 @@ def _type_words(schema: Mapping[str, object]) -> str:
     if kind == "array":
         items = schema.get("items")
         return f"list of {_type_words(items)}" if isinstance(items, Mapping) and items else "list"
-    return {"object": "mapping", "string": "text", "integer": "number", "boolean": "true or false"}.get(str(kind), str(kind or "text"))
+    return {"object": "mapping", "string": "text", "integer": "number", "boolean": "true or false"}.get(
+        str(kind), str(kind or "text")
+    )
 
 
 def _shown(default: object) -> str:

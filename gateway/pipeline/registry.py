@@ -48,7 +48,9 @@ def new_manager() -> pluggy.PluginManager:
 
 def register(manager: pluggy.PluginManager, stage: Stage) -> None:
     """Check the stage against the contract. Raises StageError naming the method and the nearest hook."""
-    names = [name for name in dir(stage) if not name.startswith("_") and inspect.isroutine(getattr(type(stage), name, None))]
+    names = [
+        name for name in dir(stage) if not name.startswith("_") and inspect.isroutine(getattr(type(stage), name, None))
+    ]
     known = set(hookspecs.PHASES) | _hook_names()
     for name in names:
         if name not in known:
@@ -94,7 +96,9 @@ class Registry:
         try:
             loaded = point.load()
         except Exception as error:
-            raise StageError(f"stage {name!r} ({point.value}) does not load: {type(error).__name__}: {error}") from error
+            raise StageError(
+                f"stage {name!r} ({point.value}) does not load: {type(error).__name__}: {error}"
+            ) from error
         if not (isinstance(loaded, type) and issubclass(loaded, Stage)):
             raise StageError(f"stage {name!r} ({point.value}) is not a subclass of gateway.Stage")
         self._types[name] = loaded

@@ -174,7 +174,7 @@ def _data(data: bytes, kind: int, start: int, end: int) -> Data:
     if kind == A:
         if end - start != 4:
             raise PeerError("DNS: A record of a wrong size")
-        return "%d.%d.%d.%d" % tuple(data[start:end])
+        return ".".join(map(str, data[start:end]))
     if kind == AAAA:
         if end - start != 16:
             raise PeerError("DNS: AAAA record of a wrong size")

@@ -186,7 +186,7 @@ def _split_path(text: str, status: str, strict: bool) -> tuple[str, str]:
     rest = text[end:]
     if rest and rest[0] != " ":
         _refuse(status, "Bad address syntax")
-    if end > MAX_PATH or len(text[:end].encode()) > MAX_PATH:
+    if len(text[:end].encode()) > MAX_PATH:
         _refuse(status, "Path too long")
     if text[0] == "<" and not address and end > 2:
         _refuse(status, "Bad address syntax")  # a route to nobody

@@ -267,6 +267,11 @@ class Splice:
                 await wire.flush()
             except (EndOfStream, WireTimeout):
                 wire.abort()
+        # Lingering is for last words just written to a peer that may still be talking.
+        if reason not in ("goodbye", "upstream reset"):
+            self.client.close()
+        if reason != "client reset":
+            self.upstream.close()
         await self.client.aclose()
         await self.upstream.aclose()
 

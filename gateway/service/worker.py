@@ -12,7 +12,6 @@ import os
 import secrets
 import socket
 import stat
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from gateway.session import Listener
 from gateway.sink.process import EmbeddedServer
 from gateway.state.memory import MemoryStore
 from gateway.state.store import Store
-from gateway.upstream.pool import Pool, Pools
+from gateway.upstream.pool import Pool, Pools, PoolSettings
 from gateway.upstream.probe import Health, learn
 from gateway.upstream.profile import ProfileStore
 
@@ -103,9 +102,9 @@ class ServedPipeline:
             pool=pools.get(plan.default_pool),
             hand_off=plan.hand_off,
             new_id=new_id,
-            tls=plan.tls,
             trust_proxy=plan.trust_proxy,
             trust_xclient=plan.trust_xclient,
+            trust_clients=plan.trust_clients,
             debug_clients=plan.debug_clients,
             allow_plaintext_auth=plan.allow_plaintext_auth,
             auth_required=plan.auth_required,
@@ -124,13 +123,18 @@ class ServedPipeline:
             try:
                 await start(self.stage_worker)
             except Exception as error:
-                raise StartError(f"{plan.name}: stage {stage.id} does not start: {type(error).__name__}: {error}") from error
+                raise StartError(
+                    f"{plan.name}: stage {stage.id} does not start: {type(error).__name__}: {error}"
+                ) from error
             self.started.append(stage)
         for pool in pools.values():
-            self.health.append(Health(pool, hostname=plan.hostname, instance=self.served.instance,
-                                      proxy_header=plan.sends_proxy_header, interval=plan.health_interval))
+            self.health.append(
+                Health(
+                    pool, hostname=plan.hostname, instance=self.served.instance, proxy_header=plan.sends_proxy_header
+                )
+            )
 
-    def _settings(self, name: str) -> object:
+    def _settings(self, name: str) -> PoolSettings:
         """The pool's settings, with its embedded servers running and in place of their URLs."""
         settings = self.plan.pools[name]
         servers = []
@@ -156,15 +160,25 @@ class ServedPipeline:
         """Open the doors."""
         loop = asyncio.get_running_loop()
         for plan, sock in self.sockets:
-            listener = Listener(plan.url, name=plan.name, protocol="smtp", implicit_tls=plan.implicit_tls,
-                                proxy_protocol=plan.proxy_protocol, login_required=self.plan.auth_required)
+            listener = Listener(
+                plan.url,
+                name=plan.name,
+                protocol="smtp",
+                implicit_tls=plan.implicit_tls,
+                proxy_protocol=plan.proxy_protocol,
+                login_required=self.plan.auth_required,
+                tls=plan.tls or self.plan.tls,
+                capabilities=plan.capabilities,
+            )
 
             def factory(listener: Listener = listener) -> Wire:
                 return Wire(loop, lambda wire: self._connected(wire, listener))
 
-            self.servers.append(await loop.create_server(factory, sock=sock, backlog=BACKLOG)
-                                if sock.family != socket.AF_UNIX
-                                else await loop.create_unix_server(factory, sock=sock, backlog=BACKLOG))
+            self.servers.append(
+                await loop.create_server(factory, sock=sock, backlog=BACKLOG)
+                if sock.family != socket.AF_UNIX
+                else await loop.create_unix_server(factory, sock=sock, backlog=BACKLOG)
+            )
 
     def _connected(self, wire: Wire, listener: Listener) -> None:
         assert self.served is not None
@@ -245,9 +259,13 @@ class Worker:
                 await pipeline.stop(0.0)
             raise
         for pipeline in self.pipelines:
-            log.info("start", pipeline=pipeline.plan.name, listen=[plan.url for plan, _ in pipeline.sockets],
-                     grade=pipeline.plan.grade, stages=[stage.id for stage in pipeline.plan.chain.stages],
-                     time=round(time.time()))
+            log.info(
+                "start",
+                pipeline=pipeline.plan.name,
+                listen=[plan.url for plan, _ in pipeline.sockets],
+                grade=pipeline.plan.grade,
+                stages=[stage.id for stage in pipeline.plan.chain.stages],
+            )
 
     async def close(self, grace: float) -> None:
         """Stop every pipeline."""

@@ -1,7 +1,7 @@
 """A gateway in the test's own loop: a pipeline given as a mapping, served on free ports.
 
-    async with running({"stages": [...], "upstreams": {...}}) as gateway:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+async with running({"stages": [...], "upstreams": {...}}) as gateway:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
 """
 
 from __future__ import annotations

@@ -67,6 +67,8 @@ async def dial(
         await _hello(connection, settings)
         if settings.tls != "off" and not server.implicit_tls:
             await _start_tls(connection, settings)
+        if connection.closing:
+            raise connection.unasked()
     except (UpstreamError, ClientRefused):
         connection.end_quietly()
         raise

@@ -138,7 +138,7 @@ class Connection:
         Never raises: what is wrong with the connection, the next `reply` tells.
         """
         if not self._due and self._out_of_turn():
-            self._fault = self._fault or self._unasked()
+            self._fault = self._fault or self.unasked()
         if self.transcript is not None:
             self.transcript.to_upstream(data)
         self._due += replies
@@ -175,7 +175,7 @@ class Connection:
         UpstreamError.
         """
         if self._fault is None and not self._due and self._out_of_turn():
-            self._fault = self._unasked()
+            self._fault = self.unasked()
         if self._fault is not None:
             raise self._fault
         if not self._replies:
@@ -221,7 +221,7 @@ class Connection:
         """Whether there are bytes of the server that no command asked for (while no reply is owed)."""
         return bool(self._replies or self.wire.buffered or self._reader.pending)
 
-    def _unasked(self) -> UpstreamError:
+    def unasked(self) -> UpstreamError:
         """What a server said out of turn: mostly the 421 with which it leaves."""
         try:
             self._replies.extend(self._reader.feed(self.wire.take()))

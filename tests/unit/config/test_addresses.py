@@ -15,7 +15,7 @@ from gateway.config.addresses import (
     parse_resolver,
     parse_server_url,
 )
-from gateway.config.values import NotA
+from gateway.values import NotA
 
 
 @pytest.mark.parametrize(

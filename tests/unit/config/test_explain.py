@@ -14,7 +14,7 @@ from pydantic_core.core_schema import ErrorType
 from gateway.config import explain
 from gateway.config.documents import parse
 from gateway.config.explain import problems_from
-from gateway.config.values import CidrList, Duration, Rate
+from gateway.values import CidrList, Duration, Rate
 
 
 def _short(value: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gateway.config.load import load, validate_settings
 from gateway.config.problems import ConfigError, Loc
-from gateway.config.values import Duration, PathValue
+from gateway.values import Duration, PathValue
 
 PIPELINE = """
 listen: [smtp://127.0.0.1:0]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from gateway.config.addresses import ListenUrl, Resolver, ServerUrl
 from gateway.config.models import Log, Mode, Pipeline, Pool, Process, Reuse, StageEntry, own_hostname, split_entry
-from gateway.config.values import NotA
+from gateway.values import NotA
 
 LEAST: dict[str, object] = {
     "listen": ["smtp://127.0.0.1:0"],

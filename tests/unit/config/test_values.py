@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from gateway.config import values
-from gateway.config.values import (
+from gateway import values
+from gateway.facts import Expression, PoolName
+from gateway.values import (
     CidrList,
     Condition,
     Duration,
@@ -30,7 +31,6 @@ from gateway.config.values import (
     parse_rate,
     parse_size,
 )
-from gateway.facts import Expression, PoolName
 
 
 @pytest.mark.parametrize(

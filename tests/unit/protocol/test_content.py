@@ -23,9 +23,8 @@ TANGLED = st.lists(TOKENS, max_size=40).map(b"".join)
 def long_lines(draw: st.DrawFn) -> bytes:
     """Enough lines of equal length for the fast way, with something in front, behind, and maybe in between."""
     width = draw(st.integers(1, 100))
-    lines = bytearray((draw(st.sampled_from([b"x", b".", b"y."])) * width)[:width] + b"\r\n") * draw(
-        st.integers(15, 2500 // width + 20)
-    )
+    count = draw(st.integers(2100 // (width + 2) + 1, 4000 // (width + 2) + 20))
+    lines = bytearray((draw(st.sampled_from([b"x", b".", b"y."])) * width)[:width] + b"\r\n") * count
     for _ in range(draw(st.integers(0, 2))):
         place = draw(st.integers(0, len(lines) - 1))
         lines[place : place + draw(st.integers(0, 2))] = draw(TOKENS)
@@ -200,6 +199,25 @@ def test_one_wrong_octet_among_equal_lines_is_seen(place: int, octet: bytes) -> 
         assert scanner.bare == first_bare(raw)
         assert content == (raw if policy == "reject" else normalized(raw)) + b"x\r\n"
         assert scanner.size == len(unstuffed(content))
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        pytest.param(b"a\r\n" + b".\r\n" * 900, id="equal lines that are the end"),
+        pytest.param(b"a\n" + b".AAA\r\n" * 900, id="first of equal lines behind a bare LF"),
+        pytest.param(b"a\r\n" + b"AAAA\r\n" * 900 + b".\r\n", id="end right behind equal lines"),
+        pytest.param(b"a\r\n" + b"AAAA\r\n" * 900 + b"..a\r\n", id="dot right behind equal lines"),
+        pytest.param(b".a\r\n" + b".AAA\r\n" * 900 + b"a\n.b", id="dots everywhere"),
+    ],
+)
+def test_dots_around_equal_lines(wire: bytes) -> None:
+    content, rest = model_end(wire) or (wire, b"")
+    scanner, *got = scan("reject", [wire])
+    assert got == [content, content != wire, rest]
+    assert scanner.size == len(unstuffed(content))
+    expected = stuffed(wire)
+    assert stuff("reject", [wire])[1] == expected + b"\r\n" * (not expected.endswith(b"\r\n"))
 
 
 def test_scanner_refuses_to_go_on_behind_the_end() -> None:

@@ -122,7 +122,8 @@ async def test_421_ends_the_use_of_a_connection(connected: Connect) -> None:
 
 @pytest.mark.parametrize(("said", "kind"), [("421 idle too long", "lost"), ("250 ok", "garbage"), ("what?", "garbage")])
 async def test_a_server_that_speaks_out_of_turn_is_not_believed(connected: Connect, said: str, kind: str) -> None:
-    connection = await connected(HELLO + f"S: {said}\nread 6")
+    connection = await connected(HELLO + f"C: now\nS: {said}\nread 6")
+    connection.wire.write(b"now\r\n")
     await connection.wire.wait_readable()
     with pytest.raises(UpstreamError) as caught:
         await connection.command(b"NOOP")

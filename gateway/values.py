@@ -254,9 +254,7 @@ Cidr = Annotated[
     Network,
     PlainValidator(parse_cidr),
     PlainSerializer(str, when_used="json"),
-    WithJsonSchema(
-        json_schema(r"[0-9A-Fa-f:.]+(/\d{1,3})?", "A network: 10.0.0.0/8, 2001:db8::/32, or one address.")
-    ),
+    WithJsonSchema(json_schema(r"[0-9A-Fa-f:.]+(/\d{1,3})?", "A network: 10.0.0.0/8, 2001:db8::/32, or one address.")),
 ]
 CidrList = Annotated[tuple[Cidr, ...], BeforeValidator(_split)]
 
