@@ -49,9 +49,10 @@ from gateway.verdicts import (
 )
 
 __all__ = [
-    "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client", "Condition", "Digest",
-    "Discard", "Duration", "Edit", "EvaluationError", "ExistingFile", "Expression", "Fact", "FactValue", "Hold", "Kind", "ListFile",
-    "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase", "PoolReference", "Rate", "Recipient", "Refuse", "Reply",
-    "Rewrite", "Scope", "Secret", "Session", "Settings", "Size", "Stage", "TextExpression", "Token", "Transaction", "Upstream",
-    "Verdict", "Worker", "domain_of",
+    "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client",
+    "Condition", "Digest", "Discard", "Duration", "Edit", "EvaluationError", "ExistingFile", "Expression", "Fact",
+    "FactValue", "Hold", "Kind", "ListFile", "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent",
+    "Phase", "PoolReference", "Rate", "Recipient", "Refuse", "Reply", "Rewrite", "Scope", "Secret", "Session",
+    "Settings", "Size", "Stage", "TextExpression", "Token", "Transaction", "Upstream", "Verdict", "Worker",
+    "domain_of",
 ]  # fmt: skip

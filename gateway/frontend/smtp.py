@@ -8,19 +8,19 @@ the end of data in `smtp_mail`. Replies are collected and go out in one write wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import structlog
 
 from gateway.facts import Phase
-from gateway.frontend import smtp_auth, smtp_mail, smtp_xclient
-from gateway.frontend.offer import ehlo_offer
+from gateway.frontend import smtp_data, smtp_mail, smtp_upstream, smtp_xclient
+from gateway.frontend.closing import Closing
 from gateway.frontend.served import HandOff, Served
+from gateway.frontend.smtp_verbs import VERBS
 from gateway.observe.transcript import Transcript
 from gateway.protocol.errors import PeerError
-from gateway.protocol.smtp import NON_SMTP_TLS, Command, Reply, format_ehlo, looks_like, parse_command
+from gateway.protocol.smtp import NON_SMTP_TLS, Reply, looks_like, parse_command
 from gateway.relay.wire import EndOfStream, LineTooLong, Wire, WireTimeout
 from gateway.replies import smtp_reply
 from gateway.session import Listener, Session
@@ -33,20 +33,13 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway.smtp")
 
-OK = b"250 2.0.0 Ok\r\n"
-
-
-class Closing(Exception):
-    """The session ends: everything the client is to read was written. Carries the reason for the log."""
-
-
 class SmtpConversation:
     """One SMTP session: the client's wire, what is known of the session, and the upstream once there is one."""
 
     __slots__ = (
         "bdat", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "limits", "login_deadline",
-        "mail", "offer", "out", "reason", "refusals", "served", "session", "splicing", "task", "transcript", "trusted_lines",
-        "upstream_pool", "waiting", "wire",
+        "mail", "offer", "out", "reason", "refusals", "served", "session", "splicing", "task", "transcript",
+        "trusted_lines", "upstream_pool", "waiting", "wire",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, served: Served, listener: Listener) -> None:
@@ -59,7 +52,7 @@ class SmtpConversation:
         self.offer: dict[str, str] = {}
         self.connection: Connection | None = None
         self.upstream_pool: object = None
-        self.bdat: smtp_mail.Bdat | None = None
+        self.bdat: smtp_data.Bdat | None = None
         self.mail = smtp_mail.Mail()
         self.hand_off = served.hand_off
         self.errors = 0
@@ -167,7 +160,7 @@ class SmtpConversation:
                 refuse = Refuse(Cause.UPSTREAM_DOWN, disconnect=True, log=f"pool {pool.name}: capabilities unknown")
                 await self.refuse_and_close(refuse, "greeting")
         greeting = f"220 {served.hostname} ESMTP {served.instance}\r\n".encode()
-        if first and self.hand_off is HandOff.GREETING and await smtp_mail.hand_off_now(self, greeting):
+        if first and self.hand_off is HandOff.GREETING and await smtp_upstream.hand_off_now(self, greeting):
             raise Closing("handed off")
         self.write(greeting)
         self.flush()
@@ -227,7 +220,7 @@ class SmtpConversation:
                 await self._not_smtp(line)
                 self.error((error.reply or b"500 5.5.2 syntax error").decode("ascii", "replace"))
                 continue
-            handler = _COMMANDS.get(command.verb)
+            handler = VERBS.get(command.verb)
             if handler is None:
                 await self._not_smtp(line)
                 self.error("500 5.5.2 command not recognized")
@@ -427,7 +420,7 @@ class SmtpConversation:
         self.bdat = None
         connection, self.connection = self.connection, None
         if connection is not None:
-            smtp_mail.leave(connection)
+            smtp_upstream.leave(connection)
         if self.chain.close:
             await self.chain.tell_close(self.session)
         session = self.session
@@ -462,121 +455,3 @@ class SmtpConversation:
             self.wire.abort()
         finally:
             await self.end_session()
-
-
-# -- the commands that carry no mail --------------------------------------------------------------------------
-
-
-async def _helo(conversation: SmtpConversation, command: Command) -> bool:
-    session, chain = conversation.session, conversation.chain
-    await conversation.must_be_last()
-    name = command.argument.decode("ascii", "replace")
-    if not name or " " in name or len(name) > 255 or not name.isprintable():
-        conversation.error("501 5.5.4 needs one host name")
-        return False
-    if session.helo:
-        conversation.count_junk()
-    smtp_mail.reset(conversation)
-    session.helo, session.esmtp = name, command.verb == "EHLO"
-    if chain.helo:
-        reply = await conversation.asked(await chain.ask(chain.helo, session, name), "helo")
-        if reply is not None:
-            session.helo = ""
-            return False
-    if session.esmtp:
-        conversation.offer = ehlo_offer(conversation)
-        conversation.write(format_ehlo(conversation.served.hostname, conversation.offer))
-    else:
-        conversation.offer = {}
-        conversation.write(f"250 {conversation.served.hostname}\r\n".encode())
-    return False
-
-
-async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
-    wire = conversation.wire
-    if conversation.session.tls is not None:
-        conversation.error("503 5.5.1 TLS already active")
-    elif conversation.session.listener.tls is None:
-        conversation.error("502 5.5.1 STARTTLS not offered")
-    elif command.argument:
-        conversation.error("501 5.5.4 no parameters allowed")
-    elif wire.buffered:
-        # Whoever put them there may not be the one at the other end of TLS (RFC 3207 6, CVE-2011-0411).
-        await conversation.refuse_and_close(
-            Refuse(Cause.PIPELINING, text="commands sent behind STARTTLS", disconnect=True), "command"
-        )
-    else:
-        conversation.end_transaction()
-        conversation.write(b"220 2.0.0 ready to start TLS\r\n")
-        conversation.flush()
-        await conversation.start_tls()
-    return False
-
-
-async def _noop(conversation: SmtpConversation, command: Command) -> bool:
-    conversation.count_junk()
-    conversation.write(OK)
-    return False
-
-
-async def _vrfy(conversation: SmtpConversation, command: Command) -> bool:
-    await conversation.must_be_last()
-    conversation.count_junk()
-    if not command.argument:
-        conversation.error("501 5.5.4 needs an address")
-    else:
-        conversation.write(b"252 2.1.5 cannot verify; send mail and see\r\n")
-    return False
-
-
-async def _expn(conversation: SmtpConversation, command: Command) -> bool:
-    conversation.count_junk()
-    conversation.write(b"502 5.5.1 command not available\r\n")
-    return False
-
-
-async def _help(conversation: SmtpConversation, command: Command) -> bool:
-    conversation.count_junk()
-    conversation.write(
-        b"214 2.0.0 see RFC 5321; commands: EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n"
-    )
-    return False
-
-
-async def _rset(conversation: SmtpConversation, command: Command) -> bool:
-    conversation.count_junk()
-    if command.argument:
-        conversation.error("501 5.5.4 no parameters allowed")
-        return False
-    smtp_mail.reset(conversation)
-    conversation.write(OK)
-    return False
-
-
-async def _quit(conversation: SmtpConversation, command: Command) -> bool:
-    conversation.write(b"221 2.0.0 Bye\r\n")
-    raise Closing("quit")
-
-
-Handler = Callable[[SmtpConversation, Command], Awaitable[bool]]
-
-_COMMANDS: dict[str, Handler] = {
-    "EHLO": _helo,
-    "HELO": _helo,
-    "STARTTLS": _starttls,
-    "AUTH": smtp_auth.auth,
-    "XCLIENT": smtp_xclient.xclient,
-    "XFORWARD": smtp_xclient.not_available,
-    "BURL": smtp_xclient.not_available,
-    "ETRN": smtp_xclient.not_available,
-    "MAIL": smtp_mail.mail,
-    "RCPT": smtp_mail.rcpt,
-    "DATA": smtp_mail.data,
-    "BDAT": smtp_mail.bdat,
-    "RSET": _rset,
-    "NOOP": _noop,
-    "VRFY": _vrfy,
-    "EXPN": _expn,
-    "HELP": _help,
-    "QUIT": _quit,
-}

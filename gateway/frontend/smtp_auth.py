@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.facts import Phase
-from gateway.frontend import smtp_mail
+from gateway.frontend import smtp_upstream
+from gateway.frontend.closing import Closing
 from gateway.frontend.offer import offered_mechanisms, tls_would_help
 from gateway.frontend.served import HandOff
 from gateway.protocol import sasl
@@ -133,7 +134,7 @@ async def _succeeded(conversation: SmtpConversation, credentials: sasl.Credentia
     session.postponed = None
     conversation.login_deadline = 0.0
     if conversation.served.login_decides:
-        refuse = await smtp_mail.open_for_login(conversation)
+        refuse = await smtp_upstream.open_for_login(conversation)
         if refuse is not None:
             _forget_login(conversation)
             await _answer_failure(conversation, credentials, refuse, "upstream")
@@ -149,7 +150,7 @@ async def _succeeded(conversation: SmtpConversation, credentials: sasl.Credentia
     conversation.write(AUTHENTICATED.encode())
     conversation.tell_settled(Phase.AUTH, AUTHENTICATED)
     if conversation.hand_off is HandOff.LOGIN:
-        await smtp_mail.hand_off_now(conversation)
+        await smtp_upstream.hand_off_now(conversation)
     return False
 
 
@@ -199,12 +200,6 @@ async def _answer_failure(
             pass  # RFC 7628 3.2.3: whatever the client says now, the end is 535
     reply = conversation.refuse(refuse, "auth", stage)
     if refuse.disconnect or reply.code == 421:
-        await _close(conversation, refuse)
+        raise Closing(refuse.cause.value)
     if session.auth_failures >= limits.auth_failures:
         await conversation.refuse_and_close(Refuse(Cause.AUTH_TOO_MANY, disconnect=True), "auth")
-
-
-async def _close(conversation: SmtpConversation, refuse: Refuse) -> None:
-    from gateway.frontend.smtp import Closing
-
-    raise Closing(refuse.cause.value)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.frontend.closing import Closing
 from gateway.protocol import proxy_header
 from gateway.protocol import xclient as codec
 from gateway.protocol.errors import PeerError
@@ -23,8 +24,6 @@ log = structlog.get_logger("gateway.smtp")
 
 async def read_proxy_header(conversation: SmtpConversation) -> None:
     """Take the PROXY header off the wire, before TLS and greeting. Raises Closing, silently for the client."""
-    from gateway.frontend.smtp import Closing
-
     wire, session = conversation.wire, conversation.session
     if session.peer[0] not in conversation.served.trust_proxy:
         log.warning("proxy_header", session=session.id, client=session.peer[0], error="peer is not in trust.proxy")

@@ -34,8 +34,8 @@ from gateway.verdicts import (
 )
 
 OnError = Literal["tempfail", "reject", "disconnect", "pass"]
-Subject = str | Transaction | Recipient | object | None
-Call = Callable[[Session, Subject], "Verdict | None | Awaitable[Verdict | None]"]
+Subject = object
+Call = Callable[[Session, Subject], "Verdict | Awaitable[Verdict | None] | None"]
 
 log = structlog.get_logger("gateway.chain")
 

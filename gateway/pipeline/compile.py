@@ -537,8 +537,8 @@ class _Compiler:
 
     def _rows(self) -> list[Row]:
         rows = []
-        for entry, stage in self.entries:
-            hooks = [name for name in hook_names(stage)]
+        for _, stage in self.entries:
+            hooks = hook_names(stage)
             needed = {phase.name.lower() for phase in _needed(stage)}
             when = self.when.get(stage)
             phases = [name for name in hooks if name not in _PHASE_NAMES or name in needed]

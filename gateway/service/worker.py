@@ -8,6 +8,7 @@ be put around this one place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -220,8 +221,9 @@ class ServedPipeline:
         for _, sock in self.sockets:
             path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
             sock.close()
-            if isinstance(path, str) and path and os.path.exists(path):
-                os.unlink(path)
+            if isinstance(path, str) and path:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
         for health in self.health:
             await health.stop()
         for stage in self.started:

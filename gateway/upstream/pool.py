@@ -329,7 +329,9 @@ class Pool:
         """End the connections kept for reuse (at a stop)."""
         for server in self.servers:
             while server.idle:
-                server.idle.pop().end_quietly()
+                connection = server.idle.pop()
+                connection.stop_waiting()
+                connection.end_quietly()
 
     def __repr__(self) -> str:
         return f"<Pool {self.name} {len(self.servers)} servers>"

@@ -247,7 +247,7 @@ def _take_idle(server: Server, pool: Pool) -> Connection | None:
     """The connection used last, if the server has not closed it meanwhile."""
     while pool.settings.reuse and server.idle:
         connection = server.idle.pop()
-        _wake(connection)
+        connection.stop_waiting()
         if connection.idle:
             return connection
         connection.abort()
@@ -258,26 +258,19 @@ def _make_room(server: Server, pool: Pool) -> None:
     """A waiting connection counts too: with the one to be opened the server must not have too many."""
     while server.idle and server.active + len(server.idle) > pool.settings.max_connections:
         oldest = server.idle.popleft()
-        _wake(oldest)
+        oldest.stop_waiting()
         oldest.end_quietly()
-
-
-def _wake(connection: Connection) -> None:
-    if connection.idle_timer is not None:
-        connection.idle_timer.cancel()
-        connection.idle_timer = None
-    connection.wire.on_gone = connection.wire.on_data = None
 
 
 def _expire(connection: Connection) -> None:
     """It waited long enough."""
     connection.server.idle.remove(connection)
-    _wake(connection)
+    connection.stop_waiting()
     connection.end_quietly()
 
 
 def _drop(connection: Connection) -> None:
     """The server closed it or spoke out of turn."""
     connection.server.idle.remove(connection)
-    _wake(connection)
+    connection.stop_waiting()
     connection.abort()

@@ -326,6 +326,13 @@ class Connection:
         self.reusable = False
         self.speaks_for_client = True
 
+    def stop_waiting(self) -> None:
+        """No longer kept for reuse: its clock and what watched the server meanwhile."""
+        if self.idle_timer is not None:
+            self.idle_timer.cancel()
+            self.idle_timer = None
+        self.wire.on_gone = self.wire.on_data = None
+
     # -- the end
 
     async def quit(self) -> None:

@@ -13,15 +13,6 @@ import trustme
 
 from gateway.session import Listener, Session
 
-EHLO = "C: EHLO gw.example\nS: 250-mx.example\nS: 250-PIPELINING\nS: 250-SIZE 1000\nS: 250 8BITMIME"
-READY = "S: 220 mx.example ESMTP\n" + EHLO
-QUIT = "C: QUIT\nS: 221 bye"
-TLS_READY = (
-    "S: 220 mx.example ESMTP\nC: EHLO gw.example\nS: 250-mx.example\nS: 250 STARTTLS\n"
-    "C: STARTTLS\nS: 220 go\ntls\n" + EHLO
-)
-
-
 class Peer:
     """Plays one dialogue a connection, the last one again and again.
 
@@ -35,6 +26,7 @@ class Peer:
         self.context = context
         self.problems: list[str] = []
         self.connections = 0
+        self.arrived = asyncio.Event()
         self.gone = asyncio.Event()
         self.go_on = asyncio.Event()
         self.url = ""
@@ -46,6 +38,7 @@ class Peer:
         self._tasks.add(task)
         dialogue = self.dialogues[min(self.connections, len(self.dialogues) - 1)]
         self.connections += 1
+        self.arrived.set()
         try:
             await self._play(dialogue.split("\n"), reader, writer)
         except (OSError, ssl.SSLError, asyncio.CancelledError):

@@ -1,0 +1,269 @@
+"""The session's upstream: routing, opening, replacing, and the hand-off.
+
+The upstream is opened at the first accepted MAIL (at RCPT where routing needs the recipient). Until a message's
+content began, a lost connection is replaced and the accepted envelope replayed; after that nothing is retried
+(promise 2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from gateway.frontend.served import HandOff
+from gateway.protocol.smtp import Reply, format_mail, format_rcpt
+from gateway.relay.envelope import adapted
+from gateway.relay.splice import splice
+from gateway.session import Recipient
+from gateway.upstream.pool import Pool
+from gateway.upstream.prelude import give_back, open_upstream
+from gateway.upstream.smtp import Connection, UpstreamError
+from gateway.verdicts import Cause, Refuse, Upstream
+
+if TYPE_CHECKING:
+    from gateway.frontend.smtp import SmtpConversation
+    from gateway.upstream.server import Server
+
+log = structlog.get_logger("gateway.smtp")
+
+SENDER_OK = Reply.of("250 2.1.0 Ok")
+FORBIDDEN_BEHIND_HAND_OFF = ("XCLIENT", "XFORWARD", "BURL")
+
+
+async def _pool_for(conversation: SmtpConversation, recipient: Recipient | None) -> Pool | Refuse:
+    """Where this mail goes: a stage's word, else the login's, else the pool of `splice`."""
+    session, chain, served = conversation.session, conversation.chain, conversation.served
+    steps = chain.route_early if recipient is None else (*chain.route_early, *chain.route_rcpt)
+    chosen = session.upstream
+    if steps:
+        result = await chain.ask(steps, session, recipient, session.transaction, recipient)
+        if result.refuse is not None:
+            return result.refuse
+        if result.upstream is not None:
+            chosen = result.upstream
+    return (
+        _pool_named(conversation, chosen)
+        if chosen is not None
+        else served.pool or Refuse(Cause.NO_ROUTE, log="no stage routed this mail and splice names no pool")
+    )
+
+
+def _pool_named(conversation: SmtpConversation, chosen: Upstream) -> Pool | Refuse:
+    pools = conversation.served.pools
+    try:
+        if chosen.server:
+            return pools.server(chosen.server)
+        return pools[chosen.pool]
+    except KeyError:
+        return Refuse(Cause.NO_ROUTE, log=f"no pool named {chosen.pool!r}")
+    except ValueError as error:
+        return Refuse(Cause.UPSTREAM_MISCONFIGURED, log=f"{chosen.server}: {error}")
+
+
+async def _connect(conversation: SmtpConversation, pool: Pool, exclude: set[Server] | None = None) -> Refuse | None:
+    """Make sure that the session is connected to this pool; a refusal that the client may read."""
+    connection = conversation.connection
+    if connection is not None:
+        if conversation.upstream_pool is pool and usable(connection):
+            return None
+        conversation.connection = None
+        leave(connection)
+    opened = await open_upstream(
+        conversation.session,
+        pool,
+        conversation.chain,
+        hostname=conversation.served.hostname,
+        instance=conversation.served.instance,
+        exclude=exclude or set(),
+        transcript=conversation.transcript,
+    )
+    if isinstance(opened, Refuse):
+        return opened
+    conversation.connection = opened
+    conversation.upstream_pool = pool
+    return None
+
+
+def usable(connection: Connection) -> bool:
+    """An upstream that said 421 or closed while the client paused is replaced, unnoticed."""
+    return not connection.closing and not connection.wire.eof and not connection.wire.buffered
+
+
+async def route_and_mail(conversation: SmtpConversation, recipient: Recipient | None) -> Reply | Refuse:
+    """Route, connect, say MAIL: the upstream's reply to MAIL, or a refusal of ours."""
+    pool = await _pool_for(conversation, recipient)
+    if isinstance(pool, Refuse):
+        return pool
+    if recipient is not None and conversation.mail.relayed:
+        if pool is not conversation.upstream_pool:
+            return Refuse(Cause.OTHER_ROUTE)
+        return SENDER_OK
+    tried: set[Server] = set()
+    while True:
+        refuse = await _connect(conversation, pool, tried)
+        if refuse is not None:
+            return refuse
+        connection = conversation.connection
+        assert connection is not None
+        try:
+            reply = await _say_mail(conversation, connection)
+        except UpstreamError as error:
+            drop(conversation, error)
+            if connection.server in tried:
+                return Refuse(Cause.UPSTREAM_LOST, log=str(error))
+            tried.add(connection.server)
+            continue
+        if isinstance(reply, Reply):
+            conversation.mail.relayed = reply.code // 100
+        return reply
+
+
+async def _say_mail(conversation: SmtpConversation, connection: Connection) -> Reply | Refuse:
+    session, transaction = conversation.session, conversation.session.transaction
+    assert transaction is not None
+    parameters = adapted(transaction.parameters, connection.extensions, trusted=session.trusted)
+    if isinstance(parameters, Refuse):
+        return parameters
+    for _, hook in conversation.chain.upstream_mail:
+        hook(session, connection)
+    reply = await connection.mail(format_mail(transaction.sender, parameters))
+    if reply.code == 421:
+        raise UpstreamError("lost", connection.server.url, f"{reply.code} {reply.text}")
+    return reply
+
+
+def drop(conversation: SmtpConversation, error: UpstreamError) -> None:
+    """The connection is of no use any more."""
+    connection, conversation.connection = conversation.connection, None
+    log.info(
+        "upstream_failure", session=conversation.session.id, server=error.server, kind=error.kind, error=str(error)
+    )
+    if connection is not None:
+        connection.abort()
+
+
+def leave(connection: Connection) -> None:
+    """End politely, or keep for the next session where the pool allows it."""
+    give_back(connection)
+
+
+async def open_for_login(conversation: SmtpConversation) -> Refuse | None:
+    """Open the upstream at once, because the login is its to decide or the hand-off follows."""
+    pool = await _pool_for(conversation, None)
+    if isinstance(pool, Refuse):
+        return pool
+    return await _connect(conversation, pool)
+
+
+async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -> bool:
+    """Join client and upstream if the upstream trusts us with nothing that the client would inherit.
+
+    `last_word` is what the client still reads from us, once it is sure.     True when the session is over. False: it goes on being read, in the envelope grade.
+    """
+    if conversation.connection is None:
+        refuse = await open_for_login(conversation)
+        if refuse is not None:
+            conversation.hand_off = HandOff.NEVER
+            return False
+    connection = conversation.connection
+    assert connection is not None
+    if not conversation.served.always_hand_off and _would_inherit(conversation, connection):
+        conversation.hand_off = HandOff.NEVER
+        return False
+    conversation.write(last_word)
+    conversation.flush()
+    conversation.splicing = True
+    conversation.end_transaction()
+    session = conversation.session
+    log.info("hand_off", session=session.id, server=connection.server.url)
+    conversation.wire.on_gone = None
+    try:
+        result = await splice(conversation.wire, connection.wire, idle=conversation.limits.idle_timeout)
+        conversation.reason = "handed off"
+        log.info(
+            "spliced",
+            session=session.id,
+            server=connection.server.url,
+            bytes_up=result.bytes_up,
+            bytes_down=result.bytes_down,
+            reason=result.reason,
+        )
+    finally:
+        conversation.connection = None
+        connection.abort()
+    return True
+
+
+def _would_inherit(conversation: SmtpConversation, connection: Connection) -> bool:
+    extensions = connection.extensions
+    if any(keyword in extensions for keyword in FORBIDDEN_BEHIND_HAND_OFF):
+        return True
+    return "AUTH" in extensions and bool(conversation.chain.auth)
+
+
+async def rcpt_alone(connection: Connection, conversation: SmtpConversation, recipient: Recipient) -> Reply:
+    parameters = adapted(recipient.parameters, connection.extensions, trusted=conversation.session.trusted)
+    if isinstance(parameters, Refuse):
+        raise UpstreamError("lost", connection.server.url, "the next server lacks a parameter of the envelope")
+    reply = await connection.command(format_rcpt(recipient.address, parameters))
+    if reply.code == 421:
+        raise UpstreamError("lost", connection.server.url, f"421 {reply.text}")
+    return reply
+
+
+async def replay(conversation: SmtpConversation, error: UpstreamError) -> bool:
+    """Give the accepted envelope to another server (or the same, anew); True if each reply has its class again."""
+    lost = conversation.connection
+    drop(conversation, error)
+    mail, pool = conversation.mail, conversation.upstream_pool
+    if mail.lost is not None or not isinstance(pool, Pool):
+        return False
+    exclude = {lost.server} if lost is not None and len(pool.servers) > 1 else set()
+    refuse = await _connect(conversation, pool, exclude)
+    if refuse is not None:
+        mail.lost = refuse
+        return False
+    connection = conversation.connection
+    assert connection is not None
+    try:
+        reply = await _say_mail(conversation, connection)
+        if isinstance(reply, Refuse) or reply.code // 100 != 2:
+            mail.lost = Refuse(Cause.UPSTREAM_LOST, log="MAIL was refused when it was replayed")
+            return False
+        for recipient in mail.accepted:
+            reply = await rcpt_alone(connection, conversation, recipient)
+            if reply.code // 100 != 2:
+                mail.lost = Refuse(Cause.UPSTREAM_LOST, log="an accepted recipient was refused when it was replayed")
+                return False
+    except UpstreamError as again:
+        mail.lost = Refuse(Cause.UPSTREAM_LOST, log=str(again))
+        drop(conversation, again)
+        return False
+    return True
+
+
+async def say_data(conversation: SmtpConversation) -> Reply | Refuse:
+    """DATA upstream; a server that left before its 354 is replaced once more: it has none of the content."""
+    connection = conversation.connection
+    error = UpstreamError("lost", "", "the upstream closed before DATA")
+    if connection is not None and usable(connection):
+        try:
+            reply = await connection.command(b"DATA")
+            if reply.code != 421:
+                return reply
+            error = UpstreamError("lost", connection.server.url, f"421 {reply.text}")
+        except UpstreamError as caught:
+            error = caught
+    if not await replay(conversation, error):
+        return conversation.mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
+    assert conversation.connection is not None
+    try:
+        reply = await conversation.connection.command(b"DATA")
+    except UpstreamError as caught:
+        drop(conversation, caught)
+        return Refuse(Cause.UPSTREAM_LOST, log=str(caught))
+    if reply.code == 421:
+        drop(conversation, UpstreamError("lost", "", f"421 {reply.text}"))
+        return Refuse(Cause.UPSTREAM_LOST, log=f"421 {reply.text}")
+    return reply

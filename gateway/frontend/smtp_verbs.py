@@ -1,0 +1,135 @@
+"""The verbs of SMTP: a table of handlers, and those that carry no mail.
+
+A handler answers one command; True starts the session anew (XCLIENT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from gateway.frontend import smtp_auth, smtp_data, smtp_mail, smtp_xclient
+from gateway.frontend.closing import Closing
+from gateway.frontend.offer import ehlo_offer
+from gateway.protocol.smtp import Command, format_ehlo
+from gateway.verdicts import Cause, Refuse
+
+if TYPE_CHECKING:
+    from gateway.frontend.smtp import SmtpConversation
+
+OK = b"250 2.0.0 Ok\r\n"
+
+
+async def _helo(conversation: SmtpConversation, command: Command) -> bool:
+    session, chain = conversation.session, conversation.chain
+    await conversation.must_be_last()
+    name = command.argument.decode("ascii", "replace")
+    if not name or " " in name or len(name) > 255 or not name.isprintable():
+        conversation.error("501 5.5.4 needs one host name")
+        return False
+    if session.helo:
+        conversation.count_junk()
+    smtp_mail.reset(conversation)
+    session.helo, session.esmtp = name, command.verb == "EHLO"
+    if chain.helo:
+        reply = await conversation.asked(await chain.ask(chain.helo, session, name), "helo")
+        if reply is not None:
+            session.helo = ""
+            return False
+    if session.esmtp:
+        conversation.offer = ehlo_offer(conversation)
+        conversation.write(format_ehlo(conversation.served.hostname, conversation.offer))
+    else:
+        conversation.offer = {}
+        conversation.write(f"250 {conversation.served.hostname}\r\n".encode())
+    return False
+
+
+async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
+    wire = conversation.wire
+    if conversation.session.tls is not None:
+        conversation.error("503 5.5.1 TLS already active")
+    elif conversation.session.listener.tls is None:
+        conversation.error("502 5.5.1 STARTTLS not offered")
+    elif command.argument:
+        conversation.error("501 5.5.4 no parameters allowed")
+    elif wire.buffered:
+        # Whoever put them there may not be the one at the other end of TLS (RFC 3207 6, CVE-2011-0411).
+        await conversation.refuse_and_close(
+            Refuse(Cause.PIPELINING, text="commands sent behind STARTTLS", disconnect=True), "command"
+        )
+    else:
+        conversation.end_transaction()
+        conversation.write(b"220 2.0.0 ready to start TLS\r\n")
+        conversation.flush()
+        await conversation.start_tls()
+    return False
+
+
+async def _noop(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    conversation.write(OK)
+    return False
+
+
+async def _vrfy(conversation: SmtpConversation, command: Command) -> bool:
+    await conversation.must_be_last()
+    conversation.count_junk()
+    if not command.argument:
+        conversation.error("501 5.5.4 needs an address")
+    else:
+        conversation.write(b"252 2.1.5 cannot verify; send mail and see\r\n")
+    return False
+
+
+async def _expn(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    conversation.write(b"502 5.5.1 command not available\r\n")
+    return False
+
+
+async def _help(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    conversation.write(
+        b"214 2.0.0 see RFC 5321; commands: EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n"
+    )
+    return False
+
+
+async def _rset(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.count_junk()
+    if command.argument:
+        conversation.error("501 5.5.4 no parameters allowed")
+        return False
+    smtp_mail.reset(conversation)
+    conversation.write(OK)
+    return False
+
+
+async def _quit(conversation: SmtpConversation, command: Command) -> bool:
+    conversation.write(b"221 2.0.0 Bye\r\n")
+    raise Closing("quit")
+
+
+Handler = Callable[["SmtpConversation", Command], Awaitable[bool]]
+
+VERBS: dict[str, Handler] = {
+    "EHLO": _helo,
+    "HELO": _helo,
+    "STARTTLS": _starttls,
+    "AUTH": smtp_auth.auth,
+    "XCLIENT": smtp_xclient.xclient,
+    "XFORWARD": smtp_xclient.not_available,
+    "BURL": smtp_xclient.not_available,
+    "ETRN": smtp_xclient.not_available,
+    "MAIL": smtp_mail.mail,
+    "RCPT": smtp_mail.rcpt,
+    "DATA": smtp_data.data,
+    "BDAT": smtp_data.bdat,
+    "RSET": _rset,
+    "NOOP": _noop,
+    "VRFY": _vrfy,
+    "EXPN": _expn,
+    "HELP": _help,
+    "QUIT": _quit,
+}
