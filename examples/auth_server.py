@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hmac
+import re
 from pathlib import Path
 from urllib.parse import unquote
 
 from aiohttp import web
 
 DEMO = "demo@example.org:demo"
-OPEN_DOMAIN = "@example.org>"
+OPEN_DOMAIN = "@example.org"
 
 
 class AuthServer:
@@ -39,7 +40,8 @@ class AuthServer:
             return _refused("Temporary server problem, try again later", code="451 4.3.0")
         method = request.headers.get("Auth-Method", "")
         if method == "none":
-            if request.headers.get("Auth-SMTP-To", "").lower().partition(" notify=")[0].endswith(OPEN_DOMAIN):
+            recipient = re.search(r"<([^>]*)>", request.headers.get("Auth-SMTP-To", ""))
+            if recipient and recipient[1].lower().endswith(OPEN_DOMAIN):
                 return web.Response(headers={"Auth-Status": "OK", **self.where})
             return _refused("Relaying denied", code="550 5.7.1")
         user = unquote(request.headers.get("Auth-User", ""))

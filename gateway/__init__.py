@@ -14,6 +14,8 @@ stages in the file's order; a stage answers None (go on) or a *verdict*. What is
 `hookspecs.py` is the contract of each method, `gateway.testing` has what a stage's tests need.
 """
 
+from typing import TYPE_CHECKING
+
 from gateway.facts import EvaluationError, Expression, Fact, FactValue, Phase, Scope
 from gateway.protocol.sasl import Certificate, Digest, Password, Token
 from gateway.protocol.smtp import Reply, domain_of
@@ -48,10 +50,25 @@ from gateway.verdicts import (
     Verdict,
 )
 
+if TYPE_CHECKING:
+    from gateway.upstream.http import HttpClient, HttpError
+
+_LATE = frozenset({"HttpClient", "HttpError"})  # they bring TLS with them
+
+
+def __getattr__(name: str) -> object:
+    """The HTTP client is imported by the stages that use it."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gateway.upstream import http
+
+    return getattr(http, name)
+
+
 __all__ = [
     "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client",
     "Condition", "Digest", "Discard", "Duration", "Edit", "EvaluationError", "ExistingFile", "Expression", "Fact",
-    "FactValue", "Hold", "Kind", "ListFile", "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent",
+    "FactValue", "Hold", "HttpClient", "HttpError", "Kind", "ListFile", "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent",
     "Phase", "PoolReference", "Rate", "Recipient", "Refuse", "Reply", "Rewrite", "Scope", "Secret", "Session",
     "Settings", "Size", "Stage", "TextExpression", "Token", "Transaction", "Upstream", "Verdict", "Worker",
     "domain_of",

@@ -60,7 +60,7 @@ class ListFile(Generic[T]):
     def __init__(
         self, source: Path | Iterable[str], parse: Callable[[Iterable[str]], T], *, clock: Callable[[], float] = ...
     ) -> None: ...
-    def __init__(  # type: ignore[misc]
+    def __init__(
         self,
         source: Path | Iterable[str],
         parse: Callable[[Iterable[str]], T] | None = None,
@@ -132,7 +132,8 @@ class _Entries:
         self.line = 0
 
     def __iter__(self) -> Iterator[str]:
-        for self.line, text in enumerate(self._lines, 1):
+        for line, text in enumerate(self._lines, 1):
+            self.line = line
             entry = (_COMMENT.sub("", text) if "#" in text else text).strip()
             if entry:
                 yield entry
@@ -227,7 +228,8 @@ class NameTable(Generic[V]):
         name = pattern.lower()
         bare = name.removeprefix("@").removeprefix(".")
         if not bare or bare[0] == "." or ".." in bare or " " in bare or (bare.endswith(".") and "@" not in bare):
-            raise ValueError(f"{pattern[:60]!r} is not a name; write user@example.org, example.org, .example.org or user@")
+            forms = "user@example.org, example.org, .example.org or user@"
+            raise ValueError(f"{pattern[:60]!r} is not a name; write {forms}")
         self._values[name.removeprefix("@")] = value
 
     def find(self, name: str) -> tuple[int, V] | None:

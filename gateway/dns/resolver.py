@@ -24,8 +24,11 @@ Reason = Literal["servfail", "refused", "garbage", "network", "timeout"]
 
 CACHE_ENTRIES: Final = 10_000
 MAX_TTL: Final = 86_400.0
-NEGATIVE_TTL: Final = 60.0
-"""Seconds for which a name counts as missing: mail servers appear in DNS while senders retry (RFC 2308 section 5)."""
+MAX_NEGATIVE_TTL: Final = 300.0
+"""Seconds for which a name counts as missing at most: senders retry while their DNS is being mended (RFC 2308)."""
+
+NEGATIVE_TTL: Final = 30.0
+"""The same where the answer does not say for how long."""
 
 FAILURE_TTL: Final = 1.0
 """Seconds for which a failure is not asked again (RFC 9520 section 3.2)."""
@@ -53,7 +56,9 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class NotFound:
-    """The name does not exist (NXDOMAIN), or has no record of this type."""
+    """The name does not exist (NXDOMAIN), or has no record of this type; and the seconds for which this is true."""
+
+    ttl: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,9 @@ class Resolver:
             result = await self._known(owner, qtype)
             if isinstance(result, Found):
                 return Found(result.records, min(ttl, result.ttl))
-            if not isinstance(result, _Alias):
+            if isinstance(result, NotFound):
+                return NotFound(min(ttl, result.ttl))
+            if isinstance(result, Failed):
                 return result
             ttl, owner = min(ttl, result.ttl), result.target
             if owner in seen:
@@ -139,7 +146,10 @@ class Resolver:
         return Failed("servfail")  # a CNAME that leads nowhere
 
     async def reverse(self, address: str) -> Result:
-        """The PTR records of an IP address; CNAMEs are followed, as delegation of small networks needs (RFC 2317)."""
+        """The PTR records of an IP address; CNAMEs are followed, as delegation of small networks needs (RFC 2317).
+
+        Raises `LocalError` if it is no address.
+        """
         return await self.query(dns.reverse_name(address), dns.PTR)
 
     async def addresses(self, name: str) -> Result:
@@ -218,7 +228,7 @@ class Resolver:
             answer = await self._try(self._servers[index], name, qtype, left / (len(tries) + 1))
             if not isinstance(answer, Failed):
                 self._first = index
-                return answer, NEGATIVE_TTL if isinstance(answer, NotFound) else answer.ttl
+                return answer, answer.ttl
             failures.add(answer.reason)
             if answer.reason not in ("timeout", "garbage"):
                 tries = [other for other in tries if other != index]  # it said no: asking again brings nothing
@@ -264,7 +274,7 @@ def _interpreted(answer: dns.Answer, name: str, qtype: int) -> Result | _Alias:
         owner, ttl = canonical(str(alias.data)), min(ttl, alias.ttl)
     if owner != name and answer.rcode == dns.NOERROR:
         return _Alias(owner, ttl)
-    return NotFound()
+    return NotFound(NEGATIVE_TTL if answer.negative_ttl is None else min(answer.negative_ttl, MAX_NEGATIVE_TTL))
 
 
 def _packed(address: str) -> bytes:

@@ -67,15 +67,17 @@ def system_servers(path: Path = RESOLV_CONF) -> tuple[Server, ...]:
 
 
 def _answer(data: bytes, number: int, name: str, qtype: int) -> dns.Answer | None:
-    """The answer in `data` if it is one to this question."""
+    """The answer in `data` if it is one to this question; a server that says no need not repeat the question."""
     try:
         answer = dns.parse(data)
     except PeerError:
         return None
     asked, asked_type = answer.question
-    if answer.id != number or asked_type != qtype or canonical(asked) != name:
-        return None
-    return answer
+    if answer.question == ("", 0):
+        matches = answer.rcode not in (dns.NOERROR, dns.NXDOMAIN)
+    else:
+        matches = asked_type == qtype and canonical(asked) == name
+    return answer if matches and answer.id == number else None
 
 
 def canonical(name: str) -> str:

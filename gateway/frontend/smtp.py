@@ -21,6 +21,7 @@ from gateway.frontend.smtp_verbs import VERBS
 from gateway.observe.transcript import Transcript
 from gateway.protocol.errors import PeerError
 from gateway.protocol.smtp import NON_SMTP_TLS, Reply, looks_like, parse_command
+from gateway.relay.splice import SpliceResult
 from gateway.relay.wire import EndOfStream, LineTooLong, Wire, WireTimeout
 from gateway.replies import smtp_reply
 from gateway.session import Listener, Session
@@ -37,9 +38,9 @@ class SmtpConversation:
     """One SMTP session: the client's wire, what is known of the session, and the upstream once there is one."""
 
     __slots__ = (
-        "bdat", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "limits", "login_deadline",
-        "mail", "offer", "out", "reason", "refusals", "served", "session", "splicing", "task", "transcript",
-        "trusted_lines", "upstream_pool", "waiting", "wire",
+        "bdat", "carried", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "limits",
+        "login_deadline", "mail", "offer", "out", "reason", "refusals", "served", "session", "spliced", "splicing", "task",
+        "transcript", "trusted_lines", "upstream_pool", "waiting", "wire",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, served: Served, listener: Listener) -> None:
@@ -62,6 +63,8 @@ class SmtpConversation:
         self.gone = False
         self.waiting = False
         self.splicing = False
+        self.spliced = ""
+        self.carried: SpliceResult | None = None
         self.reason = "quit"
         self.task: asyncio.Task[None] | None = None
         self.transcript: Transcript | None = None
@@ -423,7 +426,7 @@ class SmtpConversation:
             smtp_upstream.leave(connection)
         if self.chain.close:
             await self.chain.tell_close(self.session)
-        session = self.session
+        session, carried = self.session, self.carried
         log.info(
             "session",
             session=session.id,
@@ -439,7 +442,10 @@ class SmtpConversation:
             bytes_in=self.wire.bytes_in,
             bytes_out=self.wire.bytes_out,
             seconds=round(perf_counter() - session.started, 3),
-            reason=self.reason,
+            upstream=self.spliced or None,
+            bytes_up=carried.bytes_up if carried is not None else None,
+            bytes_down=carried.bytes_down if carried is not None else None,
+            reason=f"{self.reason}: {carried.reason}" if carried is not None else self.reason,
         )
 
     async def _finish(self) -> None:

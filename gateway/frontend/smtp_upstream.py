@@ -159,7 +159,8 @@ async def open_for_login(conversation: SmtpConversation) -> Refuse | None:
 async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -> bool:
     """Join client and upstream if the upstream trusts us with nothing that the client would inherit.
 
-    `last_word` is what the client still reads from us, once it is sure.     True when the session is over. False: it goes on being read, in the envelope grade.
+    `last_word` is what the client still reads from us, once it is sure. True when the session is over;
+    False: it goes on being read, in the envelope grade.
     """
     if conversation.connection is None:
         refuse = await open_for_login(conversation)
@@ -175,20 +176,12 @@ async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -
     conversation.flush()
     conversation.splicing = True
     conversation.end_transaction()
-    session = conversation.session
-    log.info("hand_off", session=session.id, server=connection.server.url)
+    conversation.spliced = connection.server.url
     conversation.wire.on_gone = None
     try:
         result = await splice(conversation.wire, connection.wire, idle=conversation.limits.idle_timeout)
         conversation.reason = "handed off"
-        log.info(
-            "spliced",
-            session=session.id,
-            server=connection.server.url,
-            bytes_up=result.bytes_up,
-            bytes_down=result.bytes_down,
-            reason=result.reason,
-        )
+        conversation.carried = result
     finally:
         conversation.connection = None
         connection.abort()

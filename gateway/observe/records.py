@@ -52,6 +52,9 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "refusals": "Refusals that it was given.",
             "bytes_in": "Octets from the client.",
             "bytes_out": "Octets to the client.",
+            "upstream": "URL of the server it was handed off to (opaque grade).",
+            "bytes_up": "Octets to the upstream after the hand-off.",
+            "bytes_down": "Octets to the client after the hand-off.",
             "seconds": "From accept to close.",
             "reason": "Who or what ended it.",
         },
@@ -115,20 +118,6 @@ RECORDS: Final[dict[str, RecordSpec]] = {
     "discard": RecordSpec(
         "A message was accepted and not delivered, as a stage decided.",
         {**_SESSION, "stage": "Id of the stage.", "sender": "Address in MAIL.", "detail": "The stage's reason."},
-    ),
-    "hand_off": RecordSpec(
-        "From here on the gateway does not read the conversation.",
-        {"session": "Id of the session.", "server": "URL of the upstream server."},
-    ),
-    "spliced": RecordSpec(
-        "A conversation that was handed off ended.",
-        {
-            "session": "Id of the session.",
-            "server": "URL of the upstream server.",
-            "bytes_up": "Octets to the upstream.",
-            "bytes_down": "Octets to the client.",
-            "reason": "Which side ended it, and how.",
-        },
     ),
     "line_endings": RecordSpec(
         "Bare CR or LF in a trusted client's message was replaced.",

@@ -18,6 +18,7 @@ it from their listening socket.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Iterable
 from ssl import SSLContext
@@ -706,8 +707,7 @@ async def connect(address: Address | str, *, timeout: float, source: str | None 
                 # Leaves the choice of the port to connect(), so that ports are shared between destinations.
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
                 sock.bind((source, 0))
-            async with asyncio.timeout(timeout):
-                await loop.sock_connect(sock, address)
+            await _connect_tcp(loop, sock, address, timeout)
         if isinstance(address, str):
             _, wire = await loop.create_unix_connection(lambda: Wire(loop), sock=sock)
         else:
@@ -716,3 +716,35 @@ async def connect(address: Address | str, *, timeout: float, source: str | None 
         sock.close()
         raise
     return wire
+
+
+async def _connect_tcp(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: Address, timeout: float) -> None:
+    """Connect a non-blocking socket. uvloop's own `sock_connect` asks a thread for the address it already has."""
+    try:
+        sock.connect(address)
+        return
+    except BlockingIOError:
+        pass
+    connected: asyncio.Future[None] = loop.create_future()
+    descriptor = sock.fileno()
+    timer = loop.call_later(timeout, _give_up, connected)
+    loop.add_writer(descriptor, _connect_ended, connected, sock)
+    try:
+        await connected
+    finally:
+        loop.remove_writer(descriptor)
+        timer.cancel()
+
+
+def _connect_ended(connected: asyncio.Future[None], sock: socket.socket) -> None:
+    if not connected.done():
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            connected.set_exception(OSError(error, os.strerror(error)))
+        else:
+            connected.set_result(None)
+
+
+def _give_up(connected: asyncio.Future[None]) -> None:
+    if not connected.done():
+        connected.set_exception(TimeoutError())

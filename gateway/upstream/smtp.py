@@ -26,7 +26,6 @@ Kind = Literal["down", "lost", "busy", "garbage", "tls", "timeout"]
 Expect = Callable[[Reply], None]
 
 QUIT_SECONDS = 2.0
-_FORBIDDEN = (b"\r", b"\n", b"\0")
 _ending: set[asyncio.Task[None]] = set()
 
 
@@ -368,7 +367,8 @@ class Connection:
         self.put_aside()
 
     def put_aside(self) -> None:
-        """Give the place in the pool back."""
+        """Give the place in the pool back; what was to go with a MAIL of this session goes with none."""
+        self._before.clear()
         on_end, self.on_end = self.on_end, None
         if on_end is not None:
             on_end()
@@ -378,7 +378,7 @@ class Connection:
 
 
 def _check_line(line: bytes) -> None:
-    if any(octet in line for octet in _FORBIDDEN):
+    if b"\n" in line or b"\r" in line or b"\0" in line:
         raise LocalError("a command line with a line end or NUL inside")
 
 

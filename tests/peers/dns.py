@@ -9,7 +9,8 @@ The zone says what becomes of each name, for all its types:
 the zone), `servfail`, `refused`, `silent`, `garbage` (bytes that are no message), `half` (a message cut short),
 `wrongid`, `wrongname`, `truncate` (whole over TCP only), `torn` (truncated, and TCP closes early), `spoof` (all of
 the wrong ones before the right one), `hold` (no answer before `release`). `ttl` is 300 unless said. An alias of a
-name in the zone is answered with its target's records behind it unless `bare` is true.
+name in the zone is answered with its target's records behind it unless `bare` is true. `negative` puts a SOA behind
+an answer without records, which stays true for that many seconds.
 """
 
 from __future__ import annotations
@@ -147,6 +148,10 @@ class DnsServer:
             answer.flags |= dns.flags.TC
         else:
             self._fill(answer, name, qtype)
+        negative = self.zone.get(name, {}).get("negative")
+        if negative is not None and not answer.answer:
+            soa = f"ns.test. root.test. 1 3600 600 86400 {negative}"
+            answer.authority.append(dns.rrset.from_text("test.", 100_000, "IN", "SOA", soa))
         if what == "wrongid":
             answer.id = (question.id + 1) & 0xFFFF
         if what == "wrongname":

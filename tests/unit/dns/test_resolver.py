@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from gateway.dns import resolver as resolver_module
 from gateway.dns.resolver import Failed, Found, NotFound, Resolver, Result, ReverseName
 from gateway.dns.transport import servers_of, system_servers
 from gateway.protocol import dns
-from tests.peers.dns import DnsServer
+from tests.peers.dns import DnsServer, Entry
 
 pytestmark = pytest.mark.anyio
 
@@ -34,15 +33,11 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    """Descriptors and tasks are back where they were after each test."""
-    before, tasks = len(os.listdir("/proc/self/fd")), asyncio.all_tasks()
-    yield
-    for _ in range(3):
-        await asyncio.sleep(0)  # closed transports let go in the loop's next round
-    assert len(os.listdir("/proc/self/fd")) <= before
-    assert asyncio.all_tasks() <= tasks
+async def descriptors() -> int:
+    """Open descriptors, once the loop has closed what was closed."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return len(os.listdir("/proc/self/fd"))
 
 
 def texts(result: Result) -> list[str]:
@@ -51,7 +46,7 @@ def texts(result: Result) -> list[str]:
 
 
 async def test_kinds_of_answers() -> None:
-    zone = {
+    zone: dict[str, Entry] = {
         "ok.test": {"A": ["192.0.2.1", "192.0.2.2"], "ttl": 30},
         "only4.test": {"A": ["192.0.2.1"]},
         "fail.test": {"do": "servfail"},
@@ -62,8 +57,8 @@ async def test_kinds_of_answers() -> None:
         found = await resolver.query("OK.test.", dns.A)
         assert sorted(texts(found)) == ["192.0.2.1", "192.0.2.2"]
         assert isinstance(found, Found) and found.ttl == 30
-        assert await resolver.query("missing.test", dns.A) == NotFound()
-        assert await resolver.query("only4.test", dns.AAAA) == NotFound()
+        assert await resolver.query("missing.test", dns.A) == NotFound(resolver_module.NEGATIVE_TTL)
+        assert await resolver.query("only4.test", dns.AAAA) == NotFound(resolver_module.NEGATIVE_TTL)
         assert await resolver.query("fail.test", dns.A) == Failed("servfail")
         assert await resolver.query("no.test", dns.A) == Failed("refused")
         assert await resolver.query("a" * 64 + ".test", dns.A) == NotFound()
@@ -106,7 +101,7 @@ async def test_another_server_is_asked(what: str) -> None:
     async with DnsServer({"x.test": {"do": what}, "y.test": {"do": what}}) as bad, DnsServer(
         {"x.test": {"A": ["192.0.2.1"]}, "y.test": {"A": ["192.0.2.2"]}}
     ) as good:
-        resolver = Resolver([bad.address, good.address], timeout=2 * SHORT)
+        resolver = Resolver([bad.address, good.address], timeout=2.0)
         assert texts(await resolver.query("x.test", dns.A)) == ["192.0.2.1"]
         assert texts(await resolver.query("y.test", dns.A)) == ["192.0.2.2"]
         assert (len(bad.asked), len(good.asked)) == (1, 2)  # the one that answered is asked first from then on
@@ -122,7 +117,8 @@ async def test_worst_failure_is_told() -> None:
 
 
 async def test_answers_are_kept_for_their_time(clock: Clock) -> None:
-    zone = {"x.test": {"A": ["192.0.2.1"], "ttl": 30}, "zero.test": {"A": ["192.0.2.1"], "ttl": 0},
+    zone: dict[str, Entry] = {"x.test": {"A": ["192.0.2.1"], "ttl": 20}, "soon.test": {"do": "nxdomain", "negative": 5},
+            "late.test": {"negative": 100_000}, "zero.test": {"A": ["192.0.2.1"], "ttl": 0},
             "fail.test": {"do": "servfail"}}  # fmt: skip
     async with DnsServer(zone) as server:
         resolver = Resolver([server.address], clock=clock)
@@ -138,10 +134,14 @@ async def test_answers_are_kept_for_their_time(clock: Clock) -> None:
         assert [await asked("zero.test"), await asked("zero.test")] == [1, 1]
         clock.now += resolver_module.FAILURE_TTL
         assert await asked("fail.test") == 1
-        clock.now += 30 - resolver_module.FAILURE_TTL
+        assert [await asked("soon.test"), await asked("late.test")] == [1, 1]
+        clock.now += 20 - resolver_module.FAILURE_TTL
         assert [await asked("x.test"), await asked("missing.test")] == [1, 0]
+        assert [await asked("soon.test"), await asked("late.test")] == [1, 0]
         clock.now += resolver_module.NEGATIVE_TTL
-        assert await asked("missing.test") == 1
+        assert [await asked("missing.test"), await asked("late.test")] == [1, 0]
+        clock.now += resolver_module.MAX_NEGATIVE_TTL
+        assert await asked("late.test") == 1
 
 
 async def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,18 +169,31 @@ async def test_cancelled_question_leaves_nothing_and_others_go_on() -> None:
         first, second, third = [asyncio.create_task(resolver.query("x.test", dns.A)) for _ in range(3)]
         await server.wait_asked(1)
         before = asyncio.all_tasks()
-        descriptors = len(os.listdir("/proc/self/fd"))
+        open_before = await descriptors()
         second.cancel()
         first.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
         assert first.cancelled() and second.cancelled()
         await server.wait_asked(2)  # the third asks for itself now
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert await descriptors() == open_before
         assert asyncio.all_tasks() - before <= server._tasks
         server.release()
         assert texts(await third) == ["192.0.2.1"]
         assert not resolver._flights and not resolver._running
     third.result()
+
+
+async def test_nothing_is_left_after_any_kind_of_answer() -> None:
+    kinds = ("answer", "nxdomain", "servfail", "silent", "garbage", "wrongid", "truncate", "torn", "spoof")
+    async with DnsServer({f"{kind}.test": {"A": ["192.0.2.1"], "do": kind} for kind in kinds}) as server:
+        resolver = Resolver([server.address], timeout=SHORT)
+        await resolver.query("truncate.test", dns.AAAA)  # what the server and the loop open once
+        open_before, tasks = await descriptors(), asyncio.all_tasks()
+        for kind in kinds:
+            await resolver.query(f"{kind}.test", dns.A)
+        await asyncio.gather(*server._tasks)
+        assert await descriptors() == open_before
+        assert asyncio.all_tasks() == tasks
 
 
 async def test_cancelled_over_tcp() -> None:
@@ -225,7 +238,7 @@ async def test_questions_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_aliases_in_the_answer_and_beyond(clock: Clock) -> None:
-    zone = {
+    zone: dict[str, Entry] = {
         "a.test": {"CNAME": ["b.test."], "ttl": 50},
         "b.test": {"CNAME": ["c.test."], "ttl": 10, "bare": True},
         "c.test": {"CNAME": ["D.test."]},
@@ -241,8 +254,8 @@ async def test_aliases_in_the_answer_and_beyond(clock: Clock) -> None:
         result = await resolver.query("a.test", dns.A)
         assert texts(result) == ["192.0.2.1"] and isinstance(result, Found) and result.ttl == 10
         assert [name for name, *_ in server.asked] == ["a.test", "c.test"]
-        assert await resolver.query("dangling.test", dns.A) == NotFound()
-        assert await resolver.query("empty.test", dns.TXT) == NotFound()
+        assert await resolver.query("dangling.test", dns.A) == NotFound(resolver_module.NEGATIVE_TTL)
+        assert await resolver.query("empty.test", dns.TXT) == NotFound(resolver_module.NEGATIVE_TTL)
         assert isinstance(await resolver.query("loop.test", dns.A), Failed)
         assert isinstance(await resolver.query("self.test", dns.A), (Failed, NotFound))
 
@@ -255,7 +268,7 @@ async def test_chains_are_bounded(links: int, found: bool) -> None:
 
 
 async def test_addresses() -> None:
-    zone = {
+    zone: dict[str, Entry] = {
         "both.test": {"A": ["192.0.2.1"], "AAAA": ["2001:db8::1"]},
         "four.test": {"A": ["192.0.2.1"]},
         "none.test": {"MX": ["10 x."]},
@@ -265,7 +278,7 @@ async def test_addresses() -> None:
         resolver = Resolver([server.address])
         assert texts(await resolver.addresses("both.test")) == ["192.0.2.1", "2001:db8::1"]
         assert texts(await resolver.addresses("four.test")) == ["192.0.2.1"]
-        assert await resolver.addresses("none.test") == NotFound()
+        assert await resolver.addresses("none.test") == NotFound(resolver_module.NEGATIVE_TTL)
         assert await resolver.addresses("fail.test") == Failed("servfail")
 
 
@@ -301,16 +314,17 @@ V6 = "7.0.0.0" + ".0" * 20 + ".8.b.d.0.1.0.0.2.ip6.arpa"
     ],
 )  # fmt: skip
 async def test_forward_confirmed(
-    address: str, zone: dict[str, dict[str, object]], expected: tuple[str | None, str | None, str]
+    address: str, zone: dict[str, Entry], expected: tuple[str | None, str | None, str]
 ) -> None:
     async with DnsServer(zone) as server:
-        resolver = Resolver([server.address], timeout=SHORT)
+        silent = any(entry.get("do") == "silent" for entry in zone.values())
+        resolver = Resolver([server.address], timeout=SHORT if silent else 5.0)
         assert await resolver.forward_confirmed(address) == ReverseName(*expected)  # type: ignore[arg-type]
 
 
 async def test_a_few_names_of_many_are_tried() -> None:
     names = [f"n{i}.test" for i in range(50)]
-    zone: dict[str, dict[str, object]] = {f"7.{R}": {"PTR": [f"{name}." for name in names]}}
+    zone: dict[str, Entry] = {f"7.{R}": {"PTR": [f"{name}." for name in names]}}
     async with DnsServer(zone) as server:
         result = await Resolver([server.address]).forward_confirmed("192.0.2.7")
         assert result.name is None and result.unverified in names and result.status == "unavailable"

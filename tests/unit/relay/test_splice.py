@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import struct
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -421,6 +422,26 @@ async def test_a_cancelled_splice_leaves_nothing(tmp_path: Path) -> None:
             await pair.running
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
+
+
+@pytest.mark.anyio
+async def test_what_ended_is_freed_without_the_collector(tmp_path: Path) -> None:
+    async with ends(tmp_path) as pair:
+        pair.start()
+        await pair.flowing()
+        pair.client.close()
+        pair.upstream.close()
+        await pair.running
+        gc.collect()
+        gc.disable()
+        try:
+            watched = weakref.ref(pair.running)
+            del pair.splice, pair.running
+            await asyncio.sleep(0)
+            assert watched() is None
+            assert not any(isinstance(thing, Splice) for thing in gc.get_objects())
+        finally:
+            gc.enable()
 
 
 @pytest.mark.anyio

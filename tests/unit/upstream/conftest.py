@@ -13,6 +13,7 @@ import trustme
 
 from gateway.session import Listener, Session
 
+
 class Peer:
     """Plays one dialogue a connection, the last one again and again.
 

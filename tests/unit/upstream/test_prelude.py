@@ -265,7 +265,7 @@ async def test_a_refusal_of_a_stage_is_final(peers: Peers, opened: Opened, phase
         return REFUSAL
 
     pool = pool_of(await peers(GOOD), await peers(GOOD))
-    assert await opened(pool, Hooks(**{phase: refuse})) is REFUSAL
+    assert await opened(pool, Hooks(5.0, **{phase: refuse})) is REFUSAL
     await ended()
     assert [server.active for server in pool.servers] == [0, 0]
 
@@ -282,7 +282,7 @@ async def test_a_stage_that_raises_is_a_temporary_refusal(peers: Peers, opened: 
         raise ZeroDivisionError("oh")
 
     pool = pool_of(await peers("hang" if phase == "upstream_connect" else GOOD))
-    refuse = await opened(pool, Hooks(**{phase: fail}))
+    refuse = await opened(pool, Hooks(5.0, **{phase: fail}))
     assert isinstance(refuse, Refuse)
     assert (refuse.cause, refuse.temporary) == (Cause.STAGE_FAILED, True)
     assert "ZeroDivisionError" in refuse.log
@@ -371,6 +371,7 @@ async def test_an_open_transaction_is_reset_before_the_next(peers: Peers, opened
     connection = await opened(pool)
     assert isinstance(connection, Connection)
     await connection.mail(b"MAIL FROM:<>")
+    connection.before_mail(b"XFORWARD ADDR=192.0.2.7")
     give_back(connection)
     again = await opened(pool)
     assert again is connection
