@@ -31,6 +31,7 @@ from gateway.state.store import Store
 from gateway.upstream.pool import Pool, Pools, PoolSettings
 from gateway.upstream.probe import Health, learn
 from gateway.upstream.profile import ProfileStore
+from gateway.upstream.smtp import quits_done
 
 log = structlog.get_logger("gateway.worker")
 
@@ -91,7 +92,10 @@ class ServedPipeline:
         """Embedded upstreams, pools, stages. Raises StartError."""
         plan = self.plan
         loop = asyncio.get_running_loop()
-        pools = {name: Pool(name, self._settings(name), clock=loop.time, store=profiles) for name in plan.pools}
+        try:
+            pools = {name: Pool(name, self._settings(name), clock=loop.time, store=profiles) for name in plan.pools}
+        except ValueError as error:
+            raise StartError(f"{plan.name}: upstreams: {error}") from None
         self.stage_worker = StageWorker(plan, store, loop)
         self.served = Served(
             name=plan.name,
@@ -232,6 +236,7 @@ class ServedPipeline:
                 await stop()
         if self.served is not None:
             self.served.pools.close_idle()
+        await quits_done()
         if self.stage_worker is not None:
             self.stage_worker.resolver.close()
         for embedded in self.embedded:
@@ -289,6 +294,7 @@ def _bound(listener: ListenerPlan) -> socket.socket:
             family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         sock = socket.socket(family)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted connections inherit it
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if not listener.host else 1)
         address = (listener.host, listener.port)

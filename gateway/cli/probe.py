@@ -1,0 +1,114 @@
+"""`gateway probe FILE`: go to each upstream as the pipeline would, say what is found, end before DATA."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from time import perf_counter
+
+import click
+
+from gateway.cli.loading import fail, plans
+from gateway.pipeline.compile import Plan
+from gateway.service.worker import StageWorker
+from gateway.session import Client, Listener, Session
+from gateway.state.memory import MemoryStore
+from gateway.upstream.pool import Pool, PoolSettings
+from gateway.upstream.prelude import open_upstream
+from gateway.upstream.probe import probe_server
+from gateway.upstream.server import Server
+from gateway.upstream.smtp import Connection, UpstreamError, quits_done
+from gateway.verdicts import Refuse
+
+CLIENT = ("192.0.2.1", 25252)  # TEST-NET-1: no real client has it (RFC 5737)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+def command(files: tuple[str, ...]) -> None:
+    """Connect to each upstream server; exit status 1 if a session would fail at one of them."""
+    compiled, _ = plans(files)
+    urls = [url for plan in compiled for pool in plan.pools.values() for url, _ in pool.servers]
+    if any(url.startswith("embedded://") for url in urls):
+        click.echo("embedded servers run inside `gateway run`; they are left out")
+    good = asyncio.run(_probe_all(compiled))
+    raise SystemExit(0 if good else 1)
+
+
+async def _probe_all(compiled: list[Plan]) -> bool:
+    good = True
+    for plan in compiled:
+        await _start_stages(plan)
+        for name, settings in plan.pools.items():
+            for url, weight in settings.servers:
+                if not url.startswith("embedded://"):
+                    good = await _probe(plan, name, replace(settings, servers=((url, weight),))) and good
+    await quits_done()
+    return good
+
+
+async def _start_stages(plan: Plan) -> None:
+    """Stages speak to upstreams with what they learned at `start`."""
+    loop = asyncio.get_running_loop()
+    worker = StageWorker(plan, MemoryStore(loop.time), loop)
+    for stage in plan.chain.stages:
+        start = getattr(stage, "start", None)
+        if start is None:
+            continue
+        try:
+            await start(worker)
+        except Exception as error:
+            fail(f"gateway: {plan.name}: stage {stage.id} does not start: {type(error).__name__}: {error}")
+
+
+async def _probe(plan: Plan, name: str, settings: PoolSettings) -> bool:
+    """One server: what it says, then a session's whole prelude."""
+    url = settings.servers[0][0]
+    click.echo(f"{plan.name}: upstream {name}: {url}")
+    try:
+        seen = await probe_server(Server(url), settings, hostname=plan.hostname, proxy_header=plan.sends_proxy_header)
+    except UpstreamError as error:
+        click.echo(f"  FAILED: {error.text}")
+        return False
+    click.echo(f"  greeting: {seen.greeting.code} {seen.greeting.text}")
+    click.echo(f"  EHLO: {', '.join(' '.join(pair).strip() for pair in seen.ehlo.keywords.items()) or 'nothing'}")
+    click.echo(f"  TLS: {_tls(settings, seen.tls)}")
+    pool = Pool(name, settings)
+    opened = await open_upstream(_session(plan), pool, plan.chain, hostname=plan.hostname)
+    asks = any(stage.id == "xclient" or type(stage).__name__ == "Xclient" for stage, _ in plan.chain.upstream_ready)
+    offered = "XCLIENT" in seen.ehlo.keywords
+    if isinstance(opened, Refuse):
+        said = "offered, but NOT believed" if offered and asks else "offered" if offered else "NOT offered"
+        click.echo(f"  XCLIENT: {said}")
+        click.echo(f"  FAILED: {opened.log or opened.text or opened.cause.value}")
+        return False
+    click.echo(f"  XCLIENT: {_xclient(opened, offered, asks)}")
+    opened.end_quietly()
+    return True
+
+
+def _xclient(connection: Connection, offered: bool, asks: bool) -> str:
+    if not asks:
+        return "offered; no stage of this pipeline sends it" if offered else "not offered, and not sent"
+    if not connection.speaks_for_client:
+        return "not offered; the session goes on without (if_missing: continue)"
+    return "offered and believed"
+
+
+def _tls(settings: PoolSettings, info: object) -> str:
+    if info is None:
+        return f"none ({settings.tls})"
+    version, cipher = getattr(info, "version", ""), getattr(info, "cipher", "")
+    verified = "verified" if settings.tls == "required" and settings.verify else "not verified"
+    return f"{version} {cipher}, {verified}"
+
+
+def _session(plan: Plan) -> Session:
+    """A session as a client in TEST-NET-1 would have it."""
+    listener = plan.listeners[0]
+    local = (listener.host, listener.port)
+    session = Session("PROBE", plan.name, Listener(listener.url), ("127.0.0.1", 0), local, perf_counter())
+    session.client = Client(*CLIENT)
+    session.hostname = plan.hostname
+    session.helo, session.esmtp = plan.hostname, True
+    return session
