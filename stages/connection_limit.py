@@ -30,7 +30,6 @@ from gateway import (
     Session,
     Settings,
     Stage,
-    Store,
     Worker,
     client_key,
     network_key,
@@ -64,24 +63,24 @@ class ConnectionLimit(Stage):
     Settings = ConnectionLimitSettings
     kind = Kind.GUARD
     settings: ConnectionLimitSettings
-    _store: Store
+    _worker: Worker
 
     def __init__(self, settings: ConnectionLimitSettings) -> None:
         super().__init__(settings)
         self._exempt = NetworkTable.of(settings.exempt)
 
     async def start(self, worker: Worker) -> None:
-        """Keep the store."""
-        self._store = worker.store
+        """Keep the worker, for its store."""
+        self._worker = worker
 
-    def connect(self, session: Session) -> Refuse | None | Awaitable[Refuse | None]:
+    def connect(self, session: Session) -> Refuse | Awaitable[Refuse | None] | None:
         """Take a place in each limit, or refuse."""
         address = session.client.address
         if address in self._exempt:
             return None
         limits = self._limits(session.pipeline, address)
         leases: list[Lease] = session.state(self, list)
-        store = self._store.immediate
+        store = self._worker.store.immediate
         if store is None:
             return self._hold_each(limits, leases)
         for name, key, limit in limits:
@@ -99,7 +98,7 @@ class ConnectionLimit(Stage):
     async def _hold_each(self, limits: list[tuple[str, str, int]], leases: list[Lease]) -> Refuse | None:
         """`connect` over a store that takes time; what it took before a failure is given back by `close`."""
         for name, key, limit in limits:
-            lease = await self._store.hold(key, limit)
+            lease = await self._worker.store.hold(key, limit)
             if lease is None:
                 return _refused(leases, name, limit)
             leases.append(lease)

@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from gateway import Duration, Kind, Resolver, Session, Settings, Stage, Worker
+from gateway import Duration, Kind, Session, Settings, Stage, Worker
 
 
 class ReverseDnsSettings(Settings):
@@ -45,11 +45,11 @@ class ReverseDns(Stage):
     provides = frozenset({"client.name", "client.reverse_name", "client.name_status"})
     timeout = 60.0  # `wait` is the clock that counts: a slow name server is a status, not a failure of the stage
     settings: ReverseDnsSettings
-    _resolver: Resolver
+    _worker: Worker
 
     async def start(self, worker: Worker) -> None:
-        """Keep the resolver."""
-        self._resolver = worker.resolver
+        """Keep the worker, for its resolver."""
+        self._worker = worker
 
     async def connect(self, session: Session) -> None:
         """Look up the name of the client's address."""
@@ -59,7 +59,7 @@ class ReverseDns(Stage):
             return
         try:
             async with asyncio.timeout(self.settings.wait):
-                found = await self._resolver.forward_confirmed(client.address)
+                found = await self._worker.resolver.forward_confirmed(client.address)
         except TimeoutError:
             client.name_status = "tempunavail"
             return

@@ -1,8 +1,8 @@
 """Choose the pool of upstream servers by rules over what is known of the session and the message.
 
-The rules are tried in their order and the first that holds decides; `default` is for the rest. Without a `default` a mail
-that no rule fits goes on to the next `route` stage, at last to the pool of `splice`; where that names none either, it
-is refused with 451 4.4.4.
+The rules are tried in their order and the first that holds decides; `default` is for the rest. Without a `default`
+what no rule fits goes on to the next `route` stage, at last to the pool of `splice`; where that names none either,
+the mail is refused with 451 4.4.4.
 
 Asked at the earliest moment at which the facts of all rules are known: rules over `client`, `tls`, `helo`, `auth` need
 no more than the first MAIL; those over `rcpt` wait for the first recipient, and a later recipient of another pool gets

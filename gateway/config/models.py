@@ -184,7 +184,9 @@ class Pool(_Model):
     reuse: Annotated[Reuse | None, BeforeValidator(_reuse)] = Field(None, description="off, on, or its limits.")
     capabilities: PoolCapabilities | None = None
     connect_timeout: Duration = Field(10.0, gt=0)
+    greeting_timeout: Duration = Field(30.0, gt=0, description="Wait for each of TLS, greeting and EHLO.")
     command_timeout: Duration = Field(300.0, gt=0, description="Wait for a reply (RFC 5321 4.5.3.2).")
+    data_done_timeout: Duration = Field(600.0, gt=0, description="Wait for the reply to the end of data.")
     health: Health = Health()
 
     @field_validator("source")

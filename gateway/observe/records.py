@@ -1,4 +1,4 @@
-"""Every record that the gateway logs: its name, when it is written, and what its keys hold.
+"""Every record that the gateway and its own stages log: its name, when it is written, and what its keys hold.
 
 This is the one table of them; the documentation of the log is made from it and tests hold the log against it.
 Each record also has `time` (RFC 3339, UTC), `level`, `logger` and `record` (its name). Keys without a value are
@@ -26,6 +26,7 @@ _SESSION: Final = {
     "pipeline": "Name of the pipeline.",
     "client": "Address of the client (after PROXY and XCLIENT).",
 }
+_STAGE: Final = {"stage": "Id of the stage.", "pipeline": "Name of the pipeline."}
 _USER: Final = {"user": "Login as the client typed it."}
 
 RECORDS: Final[dict[str, RecordSpec]] = {
@@ -147,6 +148,36 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         "A connection came without the PROXY header it needs, or with one that is not believed.",
         {"session": "Id of the session.", "client": "Address of the TCP peer.", "error": "What is wrong with it."},
     ),
+    "upstream_down": RecordSpec(
+        "Active checks of an upstream server failed; it gets no sessions.",
+        {
+            "pool": "Name of the pool.",
+            "server": "URL of the server.",
+            "kind": "What went wrong, one of a fixed set.",
+            "error": "The error.",
+        },
+    ),
+    "upstream_up": RecordSpec(
+        "An upstream server that was down passed its checks again.",
+        {"pool": "Name of the pool.", "server": "URL of the server."},
+    ),
+    "xforward_refused": RecordSpec(
+        "An upstream offered XFORWARD and refused it; the mail went on without.",
+        {**_STAGE, "session": "Id of the session.", "server": "URL of the server.", "reply": "Its reply."},
+    ),
+    "not_counted": RecordSpec(
+        "A limit could not count something that had happened already: the store did not answer.",
+        {**_STAGE, "count": "What it counts.", "error": "The error."},
+    ),
+    "users_file": RecordSpec(
+        "A users file could not be read.",
+        {**_STAGE, "file": "Path.", "error": "The error.", "action": "What follows from it."},
+    ),
+    "list_read": RecordSpec("A list that changed was read again.", {"file": "Path."}),
+    "list_unreadable": RecordSpec(
+        "A list that changed could not be read.",
+        {"file": "Path.", "error": "The error.", "action": "What follows from it."},
+    ),
     "profiles_not_read": RecordSpec(
         "What the upstreams announced last time could not be read.", {"file": "Path.", "error": "The error."}
     ),
@@ -155,7 +186,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
     ),
     "internal_error": RecordSpec(
         "A fault of the gateway itself; the session was closed.",
-        {"session": "Id of the session.", "error": "The error."},
+        {"session": "Id of the session.", "pipeline": "Name of the pipeline.", "error": "The error."},
     ),
     "transcript": RecordSpec(
         "A line of the dialogue with a client of debug_clients; secrets and content are left out.",

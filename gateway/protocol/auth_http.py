@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from ipaddress import AddressValueError, IPv6Address
 from typing import Final
 
 from gateway.protocol.errors import PeerError
@@ -19,7 +20,6 @@ MAX_TEXT: Final = 400
 _UNPRINTABLE: Final = re.compile(r"[^ -~]")
 _ERROR_CODE: Final = re.compile(r"([45])\d\d(?: \1\.\d{1,3}\.\d{1,3})?")
 _HOST: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9_])?\.?")
-_IPV6: Final = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,11 @@ def _server(found: dict[str, str]) -> str:
     if not (port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
         raise PeerError("auth server sent invalid server port")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if _IPV6.fullmatch(bare):
-        return f"[{bare}]:{port}"
+    if ":" in bare and "%" not in bare:  # a zone means nothing in another machine's words
+        try:
+            return f"[{IPv6Address(bare).compressed}]:{port}"
+        except AddressValueError:
+            raise PeerError("auth server sent invalid server address") from None
     if not _HOST.fullmatch(host):
         raise PeerError("auth server sent invalid server address")
     return f"{host}:{port}"

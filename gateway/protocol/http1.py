@@ -228,7 +228,7 @@ def _section_end(buffer: bytearray, start: int) -> tuple[int, int]:
     if buffer.startswith(b"\n"):
         return 0, 1
     end = buffer.find(b"\n\r\n", start)
-    bare = buffer.find(b"\n\n", start, end if end >= 0 else len(buffer))
+    bare = buffer.find(b"\n\n", start, end + 1 if end >= 0 else len(buffer))
     if bare >= 0:
         return bare, bare + 2
     return (end, end + 3) if end >= 0 else (-1, -1)

@@ -18,7 +18,6 @@ from gateway.verdicts import AddHeader, Cause, Refuse
 
 BLOCK = 1 << 18
 HIGH = 1 << 18
-FINAL_REPLY = 600.0  # RFC 5321 4.5.3.2.6: a client waits ten minutes for the answer to its end of data
 
 Parameters = tuple[tuple[str, str | None], ...]
 
@@ -163,7 +162,8 @@ class ContentRelay:
         self.commit(True)
         try:
             connection.wire.write(b".\r\n")
-            return await connection.reply(timeout=FINAL_REPLY)
+            pool = connection.pool
+            return await connection.reply(timeout=pool.settings.data_done_timeout if pool is not None else None)
         except UpstreamError as error:
             self.abandon()
             return Refuse(Cause.UPSTREAM_LOST, log=f"after the end of data: {error}")

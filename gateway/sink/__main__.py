@@ -2,13 +2,15 @@
 
 It listens on a unix socket (mode 0600) or a loopback address, since it believes whoever connects. With `--ready-fd`
 it writes one line to that descriptor, `listening ADDRESS` or `failed REASON`, and ends when the other side of it is
-closed: so it never outlives the process that started it. It also ends on SIGTERM and SIGINT.
+closed: so it never outlives the process that started it. The socket's folder is then removed as well if it is empty.
+It also ends on SIGTERM and SIGINT.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
@@ -73,6 +75,9 @@ def main() -> int:
         return 1
     if isinstance(options.listen, str):
         Path(options.listen).unlink(missing_ok=True)
+        if options.ready_fd is not None:  # who started us may be gone, and made the socket's folder for us alone
+            with contextlib.suppress(OSError):
+                os.rmdir(Path(options.listen).parent)
     return 0
 
 

@@ -62,6 +62,7 @@ class PoolSettings:
     connect_timeout: float = 10.0
     greeting_timeout: float = 30.0
     command_timeout: float = 300.0
+    data_done_timeout: float = 600.0  # RFC 5321 4.5.3.2.6: clients wait ten minutes for the end of data
     health_interval: float = 30.0
     health_timeout: float = 5.0
     health_fall: int = 3

@@ -83,8 +83,12 @@ async def test_dialogue(
                 await gateway.pipeline.stop(5.0)
 
             player = Player(transcript, port, upstreams, mode, stop=stop, certificate=certificate)
-            await player.play()
-            await gateway.idle()
+            try:
+                await player.play()
+                await gateway.idle()
+            finally:
+                for upstream in upstreams.values():
+                    upstream.stop()  # a QUIT that the script does not show is not waited for
             encrypted = player.writer.get_extra_info("ssl_object") is not None
             on_uvloop = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
             PLAYED[request.node.name] = (encrypted, on_uvloop, len(player.played) >= len(transcript.steps) - 1)

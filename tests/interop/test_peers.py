@@ -6,13 +6,28 @@ import asyncio
 import re
 
 import pytest
+import trustme
 
 from tests.peers.clients import burst, dialogue, swaks, talk
 from tests.peers.faults import Cut, Garble, Relay
 from tests.peers.nginx import Nginx
 from tests.peers.postfix import Postfix
 from tests.peers.process import group_members, scratch
-from tests.peers.scripted import Close, Drip, Expect, Garbage, Half, Hang, NoRead, Reset, Scripted, Send, Until, Wait
+from tests.peers.scripted import (
+    Close,
+    Drip,
+    Expect,
+    Garbage,
+    Half,
+    Hang,
+    NoRead,
+    Reset,
+    Scripted,
+    Send,
+    Step,
+    Until,
+    Wait,
+)
 from tests.peers.smtp_sink import SmtpSink, smtp_source
 
 XCLIENT = "smtpd_authorized_xclient_hosts = 127.0.0.1"
@@ -28,7 +43,8 @@ def test_postfix_delivers() -> None:
         assert sent.status == 0, sent.transcript
         assert re.match(r"250 2\.0\.0 Ok: queued as", sent.last)
         postfix.wait_log(r": removed")
-        assert postfix.wait_log(r"client=(\S+), sasl_method=XCLIENT, sasl_username=(\w+)") == [("h.test[192.0.2.9]", "joe")]
+        client = postfix.wait_log(r"client=(\S+), sasl_method=XCLIENT, sasl_username=(\w+)")
+        assert client.groups() == ("h.test[192.0.2.9]", "joe")
         assert len(postfix.delivered()) == 1 and b"This is a test mailing" in postfix.delivered()[0]
 
         postfix.configure("")  # authorization withdrawn while it runs
@@ -65,7 +81,10 @@ def test_smtp_sink_and_source() -> None:
 
 @real
 def test_nginx_passes_mail_on() -> None:
-    with scratch() as one, scratch() as other, Postfix(one, main=XCLIENT) as postfix, Nginx(other, postfix.port) as nginx:
+    with (
+        scratch() as one, scratch() as other,
+        Postfix(one, main=XCLIENT) as postfix, Nginx(other, postfix.port) as nginx,
+    ):  # fmt: skip
         assert len(nginx.worker_pids()) == 1
         sent = swaks(nginx.port)
         assert sent.status == 0, sent.transcript
@@ -76,13 +95,27 @@ def test_nginx_passes_mail_on() -> None:
         assert swaks(nginx.auth_port, "--quit-after", "EHLO").replies[0].startswith("220 proxy.test")
 
 
+@real
+def test_nginx_offers_starttls() -> None:
+    with scratch() as folder:
+        issued = trustme.CA().issue_cert("localhost")
+        chain, key = folder / "chain.pem", folder / "key.pem"
+        chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        key.write_bytes(issued.private_key_pem.bytes())
+        with SmtpSink(folder) as sink, Nginx(folder, sink.port, certificate=(chain, key), xclient=False) as nginx:
+            sent = swaks(nginx.port, "--tls")
+            assert sent.status == 0, sent.transcript
+            assert "TLS started" in sent.transcript
+            sink.wait_messages(1)
+
+
 @pytest.mark.anyio
 async def test_scripted_peer() -> None:
-    hello = [Send(b"220 peer\r\n"), Expect(rb"EHLO ")]
+    hello: list[Step] = [Send(b"220 peer\r\n"), Expect(rb"EHLO ")]
     go = asyncio.Event()
-    ends = [Close(), Reset(), Half(), Garbage(30), Drip(b"250 ok\r\n")]
+    ends: list[Step] = [Close(), Reset(), Half(), Garbage(30), Drip(b"250 ok\r\n")]
     async with Scripted(
-        *([*hello, end] for end in ends), [*hello, Wait(go), Send(b"250 x\r\n"), Until(b"\r\n.\r\n"), Hang()]
+        *[[*hello, end] for end in ends], [*hello, Wait(go), Send(b"250 x\r\n"), Until(b"\r\n.\r\n"), Hang()]
     ) as peer:
         outcomes = []
         for _ in ends[:3]:
@@ -138,15 +171,15 @@ async def test_scripted_peer_tells_of_surprises() -> None:
     ],
 )
 async def test_relay(cut: Cut | None, garble: Garble | None, seen: str | None) -> None:
-    async with Scripted([Send(b"220 peer\r\n"), Expect(rb"EHLO"), Send(b"250 ok\r\n")]) as peer:
-        async with Relay(peer.port, cut=cut, garble=garble) as relay:
-            try:
-                replies = await asyncio.to_thread(talk, relay.port, "EHLO me")
-            except ConnectionResetError:
-                assert seen is None
-            else:
-                assert "".join(replies) == seen
-            await peer.gone()
+    script: list[Step] = [Send(b"220 peer\r\n"), Expect(rb"EHLO"), Send(b"250 ok\r\n")]
+    async with Scripted(script) as peer, Relay(peer.port, cut=cut, garble=garble) as relay:
+        try:
+            replies = await asyncio.to_thread(talk, relay.port, "EHLO me")
+        except ConnectionResetError:
+            assert seen is None
+        else:
+            assert "".join(replies) == seen
+        await peer.gone()
 
 
 @pytest.mark.anyio

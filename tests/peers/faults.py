@@ -99,7 +99,7 @@ class Relay:
                 await asyncio.sleep(max(0.0, due - loop.time()))
                 await self.flow.wait()
                 if not block:
-                    if writer.can_write_eof():
+                    if not writer.is_closing():
                         writer.write_eof()
                     return
                 block = self._garbled(way, passed, block)

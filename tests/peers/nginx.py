@@ -7,10 +7,9 @@ everybody to `upstream_port`; with `auth_http_port` another server is asked.
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 
-from tests.peers.process import Process, free_port, port_open, wait_for
+from tests.peers.process import Process, free_port, group_members, port_open, wait_for
 from tests.peers.require import missing, require
 
 MODULE = Path("/usr/lib/nginx/modules/ngx_mail_module.so")
@@ -69,7 +68,9 @@ class Nginx(Process):
         if not MODULE.exists():
             missing("nginx has no mail module")
         self.port, self.auth_port, self.http_port = free_port(), free_port(), free_port()
-        tls = f"ssl_certificate {certificate[0]}; ssl_certificate_key {certificate[1]}; starttls on;" if certificate else ""
+        tls = ""
+        if certificate is not None:
+            tls = "ssl_certificate {}; ssl_certificate_key {}; starttls on;".format(*certificate)
         self.configuration = folder / "nginx.conf"
         self.configuration.write_text(
             CONFIGURATION.format(
@@ -87,8 +88,7 @@ class Nginx(Process):
 
     def worker_pids(self) -> list[int]:
         """Its worker processes, whose CPU time a benchmark counts."""
-        children = subprocess.run(["ps", "--ppid", str(self.pid), "-o", "pid="], capture_output=True, text=True, check=True)
-        return [int(pid) for pid in children.stdout.split()]
+        return [pid for pid in group_members(self.pid) if pid != self.pid]
 
     def wait_log(self, text: str) -> None:
         """Wait until `text` is in its error log, which at level info has each session."""

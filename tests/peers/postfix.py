@@ -114,13 +114,15 @@ class Postfix(Process):
         """What it logged since its start."""
         return self._whole_log()[self._mark :]
 
-    def wait_log(self, pattern: str, limit: float = LIMIT) -> list[str]:
-        """Wait for a line that matches; what `re.findall` finds in the log."""
+    def wait_log(self, pattern: str, limit: float = LIMIT) -> re.Match[str]:
+        """Wait for a line that matches `pattern`: the first such match since the start."""
         try:
             wait_for(lambda: re.search(pattern, self.log(), re.MULTILINE), pattern, limit)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.log()}") from None
-        return re.findall(pattern, self.log(), re.MULTILINE)
+        match = re.search(pattern, self.log(), re.MULTILINE)
+        assert match is not None
+        return match
 
     def delivered(self, mailbox: str = "user") -> list[bytes]:
         """The messages in a mailbox, the oldest first."""

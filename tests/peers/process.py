@@ -15,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +89,7 @@ def group_members(group: int) -> list[int]:
     return members
 
 
-class Process:
+class Process(ABC):
     """A program that runs until `stop`; use it as a context manager. Its output goes to `output`."""
 
     def __init__(self, folder: Path) -> None:
@@ -148,9 +149,9 @@ class Process:
             wait_for(lambda: not group_members(process.pid), f"the end of process group {process.pid}", limit)
         return status
 
+    @abstractmethod
     def start(self: P) -> P:
         """Start it and wait until it is ready; each kind of program says how."""
-        raise TypeError(f"{type(self).__name__} does not say how it starts")
 
     def __enter__(self: P) -> P:
         return self.start()

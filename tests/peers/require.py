@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -28,7 +29,7 @@ def require_root() -> None:
         missing("this peer runs as root only")
 
 
-def missing(reason: str) -> None:
+def missing(reason: str) -> NoReturn:
     """Skip the test, or fail it with GATEWAY_REQUIRE_PEERS=1."""
     if os.environ.get("GATEWAY_REQUIRE_PEERS") == "1":
         pytest.fail(f"{reason} (and GATEWAY_REQUIRE_PEERS=1)", pytrace=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -166,6 +167,23 @@ def test_a_file_that_cannot_be_opened_changes_nothing(log_file: Path, tmp_path: 
         logs.configure(file=str(tmp_path / "missing" / "log"))
     logs.get_logger("x").info("stop")
     assert len(lines(log_file)) == 1
+
+
+def test_every_record_in_the_source_is_in_the_table() -> None:
+    """Calls such as `log.info("name", key=...)` in gateway/ and stages/."""
+    root = Path(logs.__file__).parents[2]
+    problems, seen = [], set()
+    for path in [*(root / "gateway").rglob("*.py"), *(root / "stages").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(ast.Attribute(logger, method), [ast.Constant(str(name)), *_], keywords) if (
+                    method in logs._LEVELS and ast.unparse(logger).endswith("log")
+                ):
+                    seen.add(name)
+                    missing = undeclared({"record": name, **{keyword.arg or "**": "" for keyword in keywords}})
+                    problems += [f"{path.name}:{node.lineno}: {what}" for what in missing]
+    assert not problems
+    assert {"session", "refusal", "auth_failure"} <= seen
 
 
 def test_the_table_of_records() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from ipaddress import ip_address
 from typing import Any
 
 import dns.message
@@ -86,7 +87,7 @@ def check_data(record: Record, rdata: Any) -> None:
         case bytes(joined):
             assert joined == b"".join(rdata.strings)
         case str(value) if record.type in (codec.A, codec.AAAA):
-            assert value == rdata.address
+            assert ip_address(value) == ip_address(rdata.address)
         case str(value):
             assert dns.name.from_text(text(value)).labels == rdata.target.labels
 

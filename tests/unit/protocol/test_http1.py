@@ -113,6 +113,14 @@ def test_a_body_that_nobody_will_skip_is_not_waited_for() -> None:
     assert parser.done and not parser.reusable
 
 
+def test_the_first_empty_line_ends_the_header_fields() -> None:
+    for pieces in splits(AUTH.replace(b"\r\n", b"\n") + b"\n\r\n"):
+        parser = ResponseParser()
+        for piece in pieces:
+            parser.feed(piece)
+        assert (parser.response.headers, parser.leftover) == (AUTH_HEADERS, b"\r\n")
+
+
 def test_odd_fields() -> None:
     parser = ResponseParser()
     parser.feed(OK + b"Auth_Status:a\r\n: x\r\nX Y: \xff:z\r\nAUTH-STATUS: b\r\nAuth-Status:  c d\t\r\nE:\r\n\r\n")

@@ -209,6 +209,7 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
             parent.kill()
             parent.wait()
     until(lambda: gone(int(pid)))
+    assert not Path(address.removeprefix("unix:")).parent.exists()
 
 
 def test_sigterm_ends_it_with_status_0(tmp_path: Path) -> None:

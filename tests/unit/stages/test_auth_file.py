@@ -96,7 +96,12 @@ async def test_unknown_users_cost_a_verify(tmp_path: Path, monkeypatch: pytest.M
     async with started(tmp_path / "users", text) as stage:
         seen: list[str] = []
         real = auth_file._verify
-        monkeypatch.setattr(auth_file, "_verify", lambda e, p: seen.append(e.verifier) or real(e, p))
+
+        def verify(entry: auth_file._Entry, password: str) -> bool:
+            seen.append(entry.verifier)
+            return real(entry, password)
+
+        monkeypatch.setattr(auth_file, "_verify", verify)
         assert failed(await login(stage, "nobody", "demo"))
         assert seen == ["bcrypt"]
 

@@ -15,9 +15,20 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import ValidationError
 
 from gateway import (
-    Authenticated, Cause, Certificate, Digest, HttpError, Listener, Password, Recipient, Refuse, Session, Token,
-    Transaction, Upstream,
-)  # fmt: skip
+    Authenticated,
+    Cause,
+    Certificate,
+    Digest,
+    HttpError,
+    Listener,
+    Password,
+    Recipient,
+    Refuse,
+    Session,
+    Token,
+    Transaction,
+    Upstream,
+)
 from gateway.protocol.errors import PeerError
 from gateway.protocol.http1 import Response
 from gateway.protocol.proxy_header import ProxyHeader
@@ -65,8 +76,8 @@ def attempt(credentials: object, number: int = 1) -> SimpleNamespace:
     return SimpleNamespace(credentials=credentials, number=number)
 
 
-async def login(answer: dict[str, str] | list[tuple[str, str]], credentials: object = TIM, **settings: object) -> object:
-    return await make_stage(Asked(answer), **settings).auth(make_session(), attempt(credentials))
+async def login(answer: dict[str, str] | list[tuple[str, str]]) -> object:
+    return await make_stage(Asked(answer)).auth(make_session(), attempt(TIM))
 
 
 def envelope(session: Session, to: str = "b@example.org", sender: str = "a@example.org") -> Recipient:
@@ -239,7 +250,7 @@ async def test_refused(answer: dict[str, str] | list[tuple[str, str]], reply: st
     verdict = await login(answer)
     assert isinstance(verdict, Refuse) and verdict.reply is not None
     shown = f"{verdict.reply.code} {verdict.reply.text}"
-    assert shown.replace("n?? tab?", "n??") == reply.replace("n?? tab?", "n??") or shown == reply
+    assert shown == reply
     assert verdict.hold == hold and not verdict.disconnect
     assert verdict.cause is (Cause.AUTH_FAILED if verdict.reply.code >= 500 else Cause.AUTH_UNAVAILABLE)
 
@@ -265,6 +276,8 @@ async def test_421_closes() -> None:
         {**GO, "Auth-Server": "127.0.0.1:25"},
         {**GO, "Auth-Server": "host/path"},
         {**GO, "Auth-Server": "-x"},
+        {**GO, "Auth-Server": "[::1"},
+        {**GO, "Auth-Server": "fe80::1%eth0"},
     ],
 )
 @pytest.mark.anyio
