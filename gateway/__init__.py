@@ -21,7 +21,9 @@ from gateway.protocol.sasl import Certificate, Digest, Password, Token
 from gateway.protocol.smtp import Reply, domain_of
 from gateway.session import Client, Listener, Recipient, Session, Transaction
 from gateway.stage import Attempt, Kind, Outcome, Peer, Settings, Stage, Worker
-from gateway.tables import ListFile
+from gateway.state.keys import client_key, network_key
+from gateway.state.store import Hit, Lease, Store, Window
+from gateway.tables import ListFile, NameTable, NetworkTable
 from gateway.values import (
     Cidr,
     CidrList,
@@ -68,8 +70,9 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client",
     "Condition", "Digest", "Discard", "Duration", "Edit", "EvaluationError", "ExistingFile", "Expression", "Fact",
-    "FactValue", "Hold", "HttpClient", "HttpError", "Kind", "ListFile", "Listener", "Outcome", "Password", "PathValue", "Peer", "Percent",
-    "Phase", "PoolReference", "Rate", "Recipient", "Refuse", "Reply", "Rewrite", "Scope", "Secret", "Session",
-    "Settings", "Size", "Stage", "TextExpression", "Token", "Transaction", "Upstream", "Verdict", "Worker",
-    "domain_of",
+    "FactValue", "Hit", "Hold", "HttpClient", "HttpError", "Kind", "Lease", "ListFile", "Listener", "NameTable",
+    "NetworkTable", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase", "PoolReference", "Rate",
+    "Recipient", "Refuse", "Reply", "Rewrite", "Scope", "Secret", "Session", "Settings", "Size", "Stage", "Store",
+    "TextExpression", "Token", "Transaction", "Upstream", "Verdict", "Window", "Worker", "client_key", "domain_of",
+    "network_key",
 ]  # fmt: skip

@@ -126,7 +126,7 @@ class Stage:
     decides_identity: ClassVar[bool] = False  # auth_*, route, upstream_*, terminal: mode is off or enforce
     never_pass: ClassVar[bool] = False  # on_error: pass is a load error
     limits_recipients: ClassVar[bool] = False  # counts for the relay guard
-    identifies_client: ClassVar[bool] = False  # hands the client's identity upstream: counts for the relay guard
+    identifies_client: bool = False  # hands the client's identity upstream: counts for the relay guard
     refuse_now: ClassVar[bool] = False  # its early refusals are not postponed to RCPT
     timeout: ClassVar[float] = 5.0
     message_timeout: ClassVar[float] = 5.0

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import hmac
 import os
-import re
 from asyncio import AbstractEventLoop
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from secrets import token_bytes
@@ -46,75 +44,16 @@ from gateway import (
     Stage,
     Worker,
 )
+from gateway.passwords import PLAIN, StoredPassword, parse_stored, verify_password
 
 if TYPE_CHECKING:
     import structlog
 
 CACHED = 10_000  # successes remembered at most
-PLAIN = "plain"
 
-# How a stored hash begins, and the verifier (a name of passlib.hash) that takes it.
-_FORMS = {
-    "$2a$": "bcrypt",
-    "$2b$": "bcrypt",
-    "$2y$": "bcrypt",
-    "$argon2id$": "argon2",
-    "$argon2i$": "argon2",
-    "$6$": "sha512_crypt",
-    "$5$": "sha256_crypt",
-    "$1$": "md5_crypt",
-    "$apr1$": "apr_md5_crypt",
-    "{SSHA}": "ldap_salted_sha1",
-    "{SSHA256}": "ldap_salted_sha256",
-    "{SSHA512}": "ldap_salted_sha512",
-    "{SHA}": "ldap_sha1",
-}
-# Dovecot's names for what the hash says of itself.
-_SCHEME = re.compile(r"\{(?:CRYPT|BLF-CRYPT|SHA512-CRYPT|SHA256-CRYPT|MD5-CRYPT|ARGON2ID|ARGON2I)\}", re.IGNORECASE)
-_IN_CLEAR = re.compile(r"\{(?:PLAIN|CLEARTEXT)\}", re.IGNORECASE)
-_MADE = {"bcrypt": "bcrypt", "argon2": "argon2", "sha512-crypt": "sha512_crypt", "sha256-crypt": "sha256_crypt"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A stored password: the verifier's name, and the hash in its form (with PLAIN: the password)."""
-
-    verifier: str
-    hash: str = field(repr=False)
-
-
-def hash_password(password: str, scheme: str = "bcrypt") -> str:
-    """A hash for a users file. `scheme`: bcrypt, argon2, sha512-crypt or sha256-crypt.
-
-    Raises ValueError for another scheme, and for a password that the scheme cannot take (bcrypt: over 72 octets).
-    """
-    if scheme not in _MADE:
-        raise ValueError(f"unknown scheme {scheme!r}; known are {', '.join(_MADE)}")
-    if scheme == "bcrypt" and len(password.encode()) > 72:
-        raise ValueError("bcrypt looks at 72 octets only; choose argon2 for longer passwords")
-    from passlib import hash as verifiers
-
-    return str(getattr(verifiers, _MADE[scheme]).hash(password))
-
-
-def _verify(entry: _Entry, password: str) -> bool:
-    """Whether the password is right. Slow: call it in a thread."""
-    secret = password.encode("utf-8", "surrogateescape")
-    if entry.verifier == PLAIN:
-        return hmac.compare_digest(secret, entry.hash.encode("utf-8", "surrogateescape"))
-    from passlib import hash as verifiers
-
-    if entry.verifier == "bcrypt":
-        secret = secret[:72]  # as htpasswd did when it made the hash
-    try:
-        return bool(getattr(verifiers, entry.verifier).verify(secret, entry.hash))
-    except ValueError:  # a NUL, or more than the scheme takes: no hash was made of that
-        return False
-
-
-def _parse(text: str) -> dict[str, _Entry]:
+def _parse(text: str) -> dict[str, StoredPassword]:
     """User (lower case) to entry. Raises ValueError with the number of the line; it never quotes a hash."""
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, StoredPassword] = {}
     for number, line in enumerate(text.split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip() or line.startswith("#"):
@@ -125,26 +64,11 @@ def _parse(text: str) -> dict[str, _Entry]:
             raise ValueError(f"line {number}: not user:hash")
         if user in entries:
             raise ValueError(f"line {number}: a second entry for {user!r}")
-        entry = _entry(stored)
+        entry = parse_stored(stored)
         if entry is None:
             raise ValueError(f"line {number}: the hash of {user!r} has no known form; write gateway hash-password's")
         entries[user] = entry
     return entries
-
-
-def _entry(stored: str) -> _Entry | None:
-    in_clear = _IN_CLEAR.match(stored)
-    if in_clear is not None:
-        password = stored[in_clear.end() :]
-        return _Entry(PLAIN, password) if password else None
-    hashed = _SCHEME.sub("", stored, count=1).partition(":")[0].strip()
-    if hashed.startswith("{"):
-        scheme, brace, rest = hashed.partition("}")
-        hashed = scheme.upper() + brace + rest
-    for prefix, verifier in _FORMS.items():
-        if hashed.startswith(prefix):
-            return _Entry(verifier, hashed)
-    return None
 
 
 class _Users:
@@ -153,7 +77,7 @@ class _Users:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stamp = _stamp(path)
-        self.entries: Mapping[str, _Entry] = _parse(path.read_text("utf-8", "surrogateescape"))
+        self.entries: Mapping[str, StoredPassword] = _parse(path.read_text("utf-8", "surrogateescape"))
         self.in_clear = any(entry.verifier == PLAIN for entry in self.entries.values())
         self.stand_in = _most_common(self.entries)
 
@@ -163,11 +87,11 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _most_common(entries: Mapping[str, _Entry]) -> _Entry:
+def _most_common(entries: Mapping[str, StoredPassword]) -> StoredPassword:
     """A hash of the form that most users have: verifying it takes as long as theirs."""
     forms = Counter(entry.verifier for entry in entries.values())
     usual = forms.most_common(1)[0][0] if forms else PLAIN
-    return next((entry for entry in entries.values() if entry.verifier == usual), _Entry(PLAIN, "*"))
+    return next((entry for entry in entries.values() if entry.verifier == usual), StoredPassword(PLAIN, "*"))
 
 
 class AuthFileSettings(Settings):
@@ -216,7 +140,7 @@ class AuthFile(Stage):
         except ValueError as error:
             raise ValueError(f"{self.settings.file}: {error}") from None
         # The first verify also loads its library: not at the expense of the first client.
-        await self._loop.run_in_executor(self._threads, _verify, self._users.stand_in, "")
+        await self._loop.run_in_executor(self._threads, verify_password, self._users.stand_in, "")
 
     async def stop(self) -> None:
         """End the threads; nobody waits for a verify any more."""
@@ -269,7 +193,7 @@ class AuthFile(Stage):
                             action="the last good one stays in use")  # fmt: skip
         return self._users
 
-    async def _right(self, entry: _Entry, user: str, password: str) -> bool | None:
+    async def _right(self, entry: StoredPassword, user: str, password: str) -> bool | None:
         """Whether the password fits the entry; None if too many wait for an answer."""
         key, now = b"", self._clock()
         if self.settings.cache:
@@ -280,7 +204,7 @@ class AuthFile(Stage):
             return None
         self._pending += 1
         try:
-            right = await self._loop.run_in_executor(self._threads, _verify, entry, password)
+            right = await self._loop.run_in_executor(self._threads, verify_password, entry, password)
         finally:
             self._pending -= 1
         if right and key:
@@ -289,7 +213,7 @@ class AuthFile(Stage):
             self._cache[key] = now + self.settings.cache
         return right
 
-    def _cache_key(self, entry: _Entry, user: str, password: str) -> bytes:
+    def _cache_key(self, entry: StoredPassword, user: str, password: str) -> bytes:
         """An HMAC over everything that the verify sees, so that a changed hash or user is another key."""
         mac = blake2b(key=self._key, digest_size=32)
         for text in (user.lower(), password, entry.hash):

@@ -31,7 +31,7 @@ def _add(owned: _Owned, user: str, addresses: Iterable[str]) -> None:
     own = owned.setdefault(user.lower(), set())
     for address in addresses:
         if "@" not in address or address.endswith("@") or any(c.isspace() for c in address):
-            raise ValueError(f"{address[:60]!r} is not an address; write user@example.org, or @example.org for all of it")
+            raise ValueError(f"{address[:60]!r} is not an address; write user@example.org or @example.org")
         own.add(address.lower())
 
 
@@ -63,7 +63,7 @@ class SenderLoginSettings(Settings):
     short_form: ClassVar[str | None] = "file"
 
     map: Annotated[dict[str, tuple[str, ...]], AfterValidator(_checked)] = Field(
-        default_factory=dict, description="Addresses of each user: user@example.org, or @example.org for a whole domain."
+        default_factory=dict, description="Addresses of each user: user@example.org, or @example.org for all of it."
     )
     file: ExistingFile | None = Field(None, description="A file of the same: one user a line, then the addresses.")
     same_address: bool = Field(True, description="The login is one of the user's own addresses.")

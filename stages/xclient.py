@@ -62,7 +62,7 @@ class Xclient(Stage):
     def __init__(self, settings: XclientSettings) -> None:
         super().__init__(settings)
         if settings.if_missing == "continue":
-            self.identifies_client = False  # type: ignore[misc]
+            self.identifies_client = False
 
     async def upstream_ready(self, session: Session, peer: Peer) -> Refuse | None:
         """Say XCLIENT, then EHLO in the client's name."""

@@ -192,24 +192,13 @@ class SmtpConversation:
 
     async def _commands(self) -> bool:
         """Take commands until the session ends (True) or XCLIENT starts it anew (False)."""
-        wire, limits = self.wire, self.limits
+        wire = self.wire
         while True:
-            line = wire.next_line(limits.command_line)
-            if line is None:
-                await smtp_mail.settle(self)
-                self.flush()
-                await wire.drain()
-                self._set_command_deadline()
-                self.waiting = True
-                try:
-                    if self.errors == 0 and not self.session.helo:
-                        await self._refuse_tls_hello()
-                    line = await wire.line(limits.command_line)
-                except LineTooLong:
-                    self.error("500 5.5.2 line too long")
-                    continue
-                finally:
-                    self.waiting = False
+            try:
+                line = await self._next_line()
+            except LineTooLong:
+                self.error("500 5.5.2 line too long")
+                continue
             if self.served.draining and self.session.transaction is None:
                 await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "command")
             if wire.bare_lf and not self.trusted_lines:
@@ -237,6 +226,28 @@ class SmtpConversation:
                 self.error((error.reply or b"501 5.5.4 syntax error").decode("ascii", "replace"))
             if self.reason == "handed off":
                 return True
+
+    async def _next_line(self) -> bytes:
+        """The next command line; what is queued is sent before the wait for it. Raises LineTooLong."""
+        wire, limits = self.wire, self.limits
+        # AUTH may carry a whole token (RFC 4954 section 4); other commands keep their own limit.
+        limit = max(limits.command_line, limits.auth_line) if self.chain.mechanisms else limits.command_line
+        line = wire.next_line(limit)
+        if line is None:
+            await smtp_mail.settle(self)
+            self.flush()
+            await wire.drain()
+            self._set_command_deadline()
+            self.waiting = True
+            try:
+                if self.errors == 0 and not self.session.helo:
+                    await self._refuse_tls_hello()
+                line = await wire.line(limit)
+            finally:
+                self.waiting = False
+        if len(line) + 2 > limits.command_line and line[:5].upper() != b"AUTH ":
+            raise LineTooLong
+        return line
 
     def _set_command_deadline(self) -> None:
         limits, now = self.limits, self.wire.loop.time()

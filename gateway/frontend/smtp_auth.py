@@ -137,6 +137,9 @@ async def _succeeded(conversation: SmtpConversation, credentials: sasl.Credentia
         refuse = await smtp_upstream.open_for_login(conversation)
         if refuse is not None:
             _forget_login(conversation)
+            if refuse.reply is None and refuse.cause is not Cause.AUTH_FAILED:
+                # An outage, no verdict on the password: 454, or clients would ask their users for another one.
+                refuse = Refuse(Cause.AUTH_UNAVAILABLE, log=refuse.log or refuse.cause.value)
             await _answer_failure(conversation, credentials, refuse, "upstream")
             return False
     log.info(

@@ -7,6 +7,7 @@ configured around it. Around every stage, in this order: allow-skip, `mode`, `wh
 from __future__ import annotations
 
 import asyncio
+import inspect
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Literal, assert_never
 
 import structlog
 
+from gateway import hookspecs
 from gateway.facts import Expression, Phase, Scope
 from gateway.session import Recipient, Session, Transaction
 from gateway.stage import Outcome, Stage
@@ -38,6 +40,21 @@ Subject = object
 Call = Callable[[Session, Subject], "Verdict | Awaitable[Verdict | None] | None"]
 
 log = structlog.get_logger("gateway.chain")
+
+_EARLY = (Hold, Refuse, Allow)
+ANSWERS: dict[Phase, tuple[type, ...]] = {
+    Phase.CONNECT: _EARLY,
+    Phase.SECURE: (Refuse, Allow),
+    Phase.GREETING: _EARLY,
+    Phase.HELO: _EARLY,
+    Phase.AUTH: (Hold, Refuse, Authenticated),
+    Phase.ROUTE: (Refuse, Upstream),
+    Phase.MAIL: (*_EARLY, Rewrite, Edit),
+    Phase.RCPT: (*_EARLY, Rewrite, Edit),
+    Phase.DATA: (Hold, Refuse, Edit),
+    Phase.MESSAGE: (Hold, Refuse, Edit, Discard, Upstream),
+}
+"""The verdicts that may be given in each phase (`hookspecs.py`); anything else is a failure of the stage."""
 
 
 @dataclass(slots=True)
@@ -144,9 +161,11 @@ class Chain:
                         return result
                     _mark(step, session, transaction)
                 verdict = step.call(session, subject)
-                if verdict is not None and isinstance(verdict, (CoroutineType, Awaitable)):
-                    async with asyncio.timeout(step.timeout):
-                        verdict = await verdict
+                if verdict is not None:
+                    if isinstance(verdict, (CoroutineType, Awaitable)):
+                        async with asyncio.timeout(step.timeout):
+                            verdict = await verdict
+                    _check_answer(step, verdict)
             except Exception as error:
                 if self._failed(step, error, result, session):
                     return result
@@ -163,18 +182,26 @@ class Chain:
     async def _catch_up(
         self, step: Step, result: Result, session: Session, transaction: Transaction | None, recipient: Recipient | None
     ) -> bool:
-        """Ask the stage's earlier phases that it missed while its `when` was unknown or false."""
+        """Ask the stage's earlier phases that it missed while its `when` was unknown or false.
+
+        A phase that refused or failed was not passed: it is asked again with the next command. What would be
+        postponed to RCPT is refused at once where RCPT has come.
+        """
         for missed in step.catch_up:
             if _was_asked(missed, session, transaction):
                 continue
-            _mark(missed, session, transaction)
             for subject in _subjects(missed.phase, session, transaction):
                 verdict = missed.call(session, subject)
-                if verdict is not None and isinstance(verdict, (CoroutineType, Awaitable)):
+                if isinstance(verdict, (CoroutineType, Awaitable)):
                     async with asyncio.timeout(missed.timeout):
                         verdict = await verdict
+                _check_answer(missed, verdict)
                 if verdict is not None and self._apply(missed, verdict, result, session, transaction, recipient):
                     return True
+                _mark(missed, session, transaction)
+        if step.phase >= Phase.RCPT and session.postponed is not None and session.postponed[1] == step.stage.id:
+            result.refuse, result.stage = session.postponed
+            return True
         return False
 
     def _failed(self, step: Step, error: Exception, result: Result, session: Session) -> bool:
@@ -227,14 +254,15 @@ class Chain:
         recipient: Recipient | None,
     ) -> bool:
         """Take a verdict in; True ends the phase."""
+        if isinstance(verdict, Refuse):
+            return self._refuse(step, verdict, result, session)
+        if step.enforce < 100 and not _enforced(step, session):
+            return False  # only looked on: no hold, no allowance, no change
         match verdict:
-            case Refuse():
-                return self._refuse(step, verdict, result, session)
             case Hold():
                 until = asyncio.get_running_loop().time() + verdict.seconds
-                if step.enforce and until > result.until:
-                    result.until = until
-                if step.enforce and verdict.early is not None:
+                result.until = max(result.until, until)
+                if verdict.early is not None:
                     result.early, result.stage = verdict.early, step.stage.id
             case Allow():
                 if recipient is not None:
@@ -297,7 +325,24 @@ Hook = Callable[..., object]
 
 
 def _hooks(stages: Sequence[Stage], name: str) -> tuple[tuple[Stage, Hook], ...]:
-    return tuple((stage, getattr(stage, name)) for stage in stages if hasattr(stage, name) and stage.mode != "off")
+    return tuple((stage, bound_hook(stage, name)) for stage in stages if hasattr(stage, name) and stage.mode != "off")
+
+
+def bound_hook(stage: Stage, name: str) -> Hook:
+    """The stage's method, callable with all arguments of its spec; it may name fewer, in any order."""
+    method: Hook = getattr(stage, name)
+    given = list(inspect.signature(getattr(hookspecs, name)).parameters)
+    named = list(inspect.signature(method).parameters)
+    if named == given:
+        return method
+    places = [(argument, given.index(argument)) for argument in named if argument in given]
+    return lambda *arguments: method(**{argument: arguments[place] for argument, place in places})
+
+
+def _check_answer(step: Step, verdict: object) -> None:
+    """Raises TypeError for what is no answer to this phase."""
+    if verdict is not None and not isinstance(verdict, ANSWERS[step.phase]):
+        raise TypeError(f"{step.phase.name.lower()} cannot be answered with {type(verdict).__name__}")
 
 
 def route_phase(stage: Stage) -> Phase:

@@ -12,8 +12,9 @@ import pytest
 import structlog
 
 from gateway import Authenticated, Cause, Certificate, Digest, Listener, Password, Refuse, Session
+from gateway.passwords import hash_password
 from stages import auth_file
-from stages.auth_file import AuthFile, AuthFileSettings, hash_password
+from stages.auth_file import AuthFile, AuthFileSettings
 
 
 def make_hashes() -> dict[str, str]:
@@ -95,13 +96,13 @@ async def test_unknown_users_cost_a_verify(tmp_path: Path, monkeypatch: pytest.M
     text = f"a:{{PLAIN}}x\nb:{make_hashes()['bcrypt']}\nc:{make_hashes()['bcrypt']}\n"
     async with started(tmp_path / "users", text) as stage:
         seen: list[str] = []
-        real = auth_file._verify
+        real = auth_file.verify_password
 
-        def verify(entry: auth_file._Entry, password: str) -> bool:
+        def verify(entry: auth_file.StoredPassword, password: str) -> bool:
             seen.append(entry.verifier)
             return real(entry, password)
 
-        monkeypatch.setattr(auth_file, "_verify", verify)
+        monkeypatch.setattr(auth_file, "verify_password", verify)
         assert failed(await login(stage, "nobody", "demo"))
         assert seen == ["bcrypt"]
 
@@ -171,15 +172,15 @@ async def test_a_missing_file_stops_the_start(tmp_path: Path) -> None:
 async def test_the_cache_is_for_right_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     verified = 0
-    real = auth_file._verify
+    real = auth_file.verify_password
 
-    def verify(entry: auth_file._Entry, password: str) -> bool:
+    def verify(entry: auth_file.StoredPassword, password: str) -> bool:
         nonlocal verified
         verified += 1
         return real(entry, password)
 
     async with started(tmp_path / "users", "a:{PLAIN}demo\n", cache="30s") as stage:
-        monkeypatch.setattr(auth_file, "_verify", verify)
+        monkeypatch.setattr(auth_file, "verify_password", verify)
         stage._clock = lambda: now
         for password, expected in (("demo", 1), ("demo", 1), ("wrong", 2), ("wrong", 3), ("demo", 3)):
             assert failed(await login(stage, "a", password)) is (password == "wrong")
@@ -194,7 +195,7 @@ async def test_the_cache_is_for_right_passwords(tmp_path: Path, monkeypatch: pyt
 async def test_too_many_verifies_are_454(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     async with started(tmp_path / "users", "a:{PLAIN}demo\n", threads=1, queue=1) as stage:
-        monkeypatch.setattr(auth_file, "_verify", lambda entry, password: gate.wait(10))
+        monkeypatch.setattr(auth_file, "verify_password", lambda entry, password: gate.wait(10))
         waiting = [asyncio.ensure_future(login(stage, "a", "demo")) for _ in range(2)]
         for _ in range(5):  # turns of the loop: both have stood in line by then
             await asyncio.sleep(0)
@@ -228,8 +229,8 @@ async def test_cram_md5(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["bcrypt", "argon2"])
 def test_hash_password(scheme: str) -> None:
-    entry = auth_file._entry(hash_password("pässword", scheme))
-    assert entry is not None and auth_file._verify(entry, "pässword") and not auth_file._verify(entry, "password")
+    entry = auth_file.parse_stored(hash_password("pässword", scheme))
+    assert entry is not None and auth_file.verify_password(entry, "pässword") and not auth_file._verify(entry, "password")
 
 
 def test_hash_password_refuses_what_it_cannot_keep() -> None:
