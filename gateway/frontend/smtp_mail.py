@@ -162,7 +162,7 @@ async def rcpt(conversation: SmtpConversation, command: Command) -> bool:
             pass_on(conversation, opened, Phase.RCPT)
             return False
     await _say_rcpt(conversation, recipient)
-    if conversation.hand_off in (HandOff.RCPT, HandOff.MAIL):
+    if conversation.hand_off in (HandOff.RCPT, HandOff.MAIL) and session.postponed is None:
         await settle(conversation)
         await hand_off_now(conversation)
     return False

@@ -157,7 +157,7 @@ class Chain:
                 if step.when is not None:
                     if not _holds(step.when, session, transaction, recipient):
                         continue
-                    if step.catch_up and await self._catch_up(step, result, session, transaction, recipient):
+                    if step.catch_up and await self._catch_up(step, result, session, transaction):
                         return result
                     _mark(step, session, transaction)
                 verdict = step.call(session, subject)
@@ -180,7 +180,7 @@ class Chain:
         return result
 
     async def _catch_up(
-        self, step: Step, result: Result, session: Session, transaction: Transaction | None, recipient: Recipient | None
+        self, step: Step, result: Result, session: Session, transaction: Transaction | None
     ) -> bool:
         """Ask the stage's earlier phases that it missed while its `when` was unknown or false.
 
@@ -190,13 +190,17 @@ class Chain:
         for missed in step.catch_up:
             if _was_asked(missed, session, transaction):
                 continue
+            about = transaction if missed.phase >= Phase.MAIL else None
             for subject in _subjects(missed.phase, session, transaction):
                 verdict = missed.call(session, subject)
                 if isinstance(verdict, (CoroutineType, Awaitable)):
                     async with asyncio.timeout(missed.timeout):
                         verdict = await verdict
                 _check_answer(missed, verdict)
-                if verdict is not None and self._apply(missed, verdict, result, session, transaction, recipient):
+                if isinstance(verdict, Rewrite):
+                    raise TypeError(f"{missed.phase.name.lower()} was answered already; it is too late to rewrite it")
+                recipient = subject if isinstance(subject, Recipient) else None
+                if verdict is not None and self._apply(missed, verdict, result, session, about, recipient):
                     return True
                 _mark(missed, session, transaction)
         if step.phase >= Phase.RCPT and session.postponed is not None and session.postponed[1] == step.stage.id:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from gateway import hookspecs
 from gateway.config.documents import Document
 from gateway.config.load import validate_settings
 from gateway.config.models import Listener as ListenerModel
@@ -24,7 +25,7 @@ from gateway.facts import BUILT_IN, Expression, Fact, Phase, PoolName
 from gateway.frontend.served import HandOff, Networks
 from gateway.limits import Limits
 from gateway.pipeline import registry
-from gateway.pipeline.chain import Call, Chain, Step, route_phase
+from gateway.pipeline.chain import Call, Chain, Step, bound_hook, route_phase
 from gateway.pipeline.conditions import ConditionError, Conditions
 from gateway.relay.tls import Certificate, ServerContext, TlsConfigError
 from gateway.stage import Kind, Settings, Stage
@@ -32,15 +33,6 @@ from gateway.tables import ListFile
 from gateway.upstream.pool import PoolSettings
 
 FoundT = TypeVar("FoundT")
-TWO_ARGUMENTS = {
-    Phase.HELO: "name",
-    Phase.AUTH: "attempt",
-    Phase.MAIL: "transaction",
-    Phase.RCPT: "recipient",
-    Phase.DATA: "transaction",
-    Phase.MESSAGE: "message",
-    Phase.ROUTE: "recipient",
-}
 POSTPONED = (Phase.CONNECT, Phase.GREETING, Phase.HELO)
 CAUGHT_UP = (Phase.CONNECT, Phase.SECURE, Phase.GREETING, Phase.HELO, Phase.MAIL, Phase.RCPT)
 LOGIN_GRACE, OTHER_GRACE = 45.0, 240.0
@@ -244,6 +236,12 @@ class _Compiler:
     def _provided_before(self, stage: Stage, name: str) -> bool:
         return any(name in other.provides for other in self._before(stage))
 
+    def _known_to(self, stage: Stage, name: str) -> bool:
+        """Whether a fact that the stage requires is known by itself or set by a stage before it."""
+        if any(fact.name == name and not fact.provided for fact in BUILT_IN) or self._provided_before(stage, name):
+            return True
+        return any(f"{other.id}.{fact.name}" == name for other in self._before(stage) for fact in other.facts)
+
     # -- load checks ----------------------------------------------------------------------------------------
 
     def _check_terminal(self) -> None:
@@ -283,7 +281,7 @@ class _Compiler:
     def _check_facts(self) -> None:
         for entry, stage in self.entries:
             for name in sorted(stage.requires):
-                if not self._provided_before(stage, name):
+                if not self._known_to(stage, name):
                     self.problem(entry.loc, f"{entry.name} needs {name}", "add a stage that provides it above")
             when = self.when.get(stage)
             if when is None:
@@ -325,11 +323,8 @@ class _Compiler:
                     )
 
     def _check_tls(self) -> None:
-        certificates = bool(self.pipeline.tls.certificates)
+        certificates = all((listener.tls or self.pipeline.tls).certificates for listener in self.pipeline.listen)
         auth = [entry for entry, stage in self.entries if hasattr(stage, "mechanisms") and stage.mode != "off"]
-        for index, listener in enumerate(self._listeners()):
-            if listener.implicit_tls and not certificates:
-                self.problem(("listen", index), f"{listener.url} needs a certificate", "add tls.certificates")
         if (
             not certificates
             and not self.pipeline.allow_plaintext_auth
@@ -439,7 +434,7 @@ class _Compiler:
     # -- the result -----------------------------------------------------------------------------------------
 
     def _certificates(self) -> bool:
-        return bool(self.pipeline.tls.certificates)
+        return any((listener.tls or self.pipeline.tls).certificates for listener in self.pipeline.listen)
 
     def _listeners(self) -> list[ListenerPlan]:
         plans = []
@@ -601,16 +596,11 @@ def _provides(known: registry.Registry, name: str, fact: str) -> bool:
 
 def _bound(stage: Stage, phase: Phase) -> Call:
     """The stage's method with the one signature the chain uses; a method may take fewer arguments than its spec."""
-    method = getattr(stage, phase.name.lower())
-    parameters = list(inspect.signature(method).parameters)
-    subject = TWO_ARGUMENTS.get(phase)
-    if parameters == ["session", subject]:
-        return method  # type: ignore[no-any-return]
-    if parameters == ["session"]:
-        return lambda session, _: method(session)
-    if parameters == [subject]:
-        return lambda _, given: method(given)
-    return lambda session, _: method()
+    name = phase.name.lower()
+    hook = bound_hook(stage, name)
+    if len(inspect.signature(getattr(hookspecs, name)).parameters) == 2:
+        return hook  # type: ignore[return-value]
+    return lambda session, _: hook(session)  # type: ignore[return-value]
 
 
 def _found(value: object, wanted: type[FoundT], loc: Loc) -> Iterable[tuple[Loc, FoundT]]:
