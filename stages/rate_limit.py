@@ -91,7 +91,7 @@ class RateLimitSettings(Settings):
     )
     per: TextExpression = Field(
         default_factory=lambda: Expression("client.address", "string"),
-        description="CEL expression of the key to count by; default client.address. Empty keys are not counted.",
+        description="CEL expression of the key to count by; an empty key is not counted.",
     )
     limit: _Rates = Field(description="A rate such as 100/hour, or a list of rates that must all have room.")
     exempt: CidrList = Field((), description="Clients that are neither limited nor counted.")

@@ -396,9 +396,13 @@ class SmtpConversation:
         if result.refuse is None:
             return None
         reply = self.refuse(result.refuse, phase, result.stage)
-        if result.refuse.disconnect or reply.code == 421:
-            raise Closing(result.refuse.cause.value)
+        self.end_if_told(result.refuse, reply)
         return reply
+
+    def end_if_told(self, refuse: Refuse, reply: Reply) -> None:
+        """After a refusal that disconnects, and after any 421 (RFC 5321 3.8), the session ends. Raises Closing."""
+        if refuse.disconnect or reply.code == 421:
+            raise Closing(refuse.cause.value)
 
     # -- the end --------------------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ async def data(conversation: SmtpConversation, command: Command) -> bool:
     scanner = DataScanner(_line_policy(conversation))
     relay = _content_relay(conversation, connection)
     await relay.data(scanner)
+    if scanner.bare is not None and scanner.policy == "normalize":
+        _record_line_endings(conversation, scanner.bare)
     await _finish_content(conversation, relay)
     return False
 
@@ -89,8 +91,10 @@ async def _begin_content(conversation: SmtpConversation) -> Reply | None:
             return None
     said = await say_data(conversation)
     if isinstance(said, Refuse):
-        _record(conversation, conversation.refuse(said, "data"))
+        reply = conversation.refuse(said, "data")
+        _record(conversation, reply)
         conversation.end_transaction()
+        conversation.end_if_told(said, reply)
         return None
     reply = said
     if reply.code != 354:
@@ -126,13 +130,16 @@ async def _finish_content(conversation: SmtpConversation, relay: ContentRelay) -
     assert transaction is not None
     transaction.size = relay.size
     outcome = relay.refused() or await relay.end()
+    if isinstance(outcome, Reply) and outcome.code == 421:
+        # It leaves, we stay: its 421 would tell the client that we leave too (RFC 5321 3.8).
+        outcome = Refuse(Cause.UPSTREAM_LOST, log=f"421 {outcome.text} to the end of data")
     if isinstance(outcome, Refuse):
         relay.abandon()
         conversation.connection = None
         reply = conversation.refuse(outcome, "message")
     else:
         reply = pass_on(conversation, outcome, Phase.MESSAGE)
-        if outcome.code == 421 or relay.abandoned:
+        if relay.abandoned:
             relay.abandon()
             conversation.connection = None
     transaction.reply = reply
@@ -181,8 +188,17 @@ async def bdat(conversation: SmtpConversation, command: Command) -> bool:
         return False
     conversation.bdat = None
     relay.finish_chunks(state.stuffer)
+    if state.stuffer.bare is not None and state.stuffer.policy == "normalize":
+        _record_line_endings(conversation, state.stuffer.bare)
     await _finish_content(conversation, relay)
     return False
+
+
+def _record_line_endings(conversation: SmtpConversation, bare: str) -> None:
+    session = conversation.session
+    log.info(
+        "line_endings", session=session.id, pipeline=session.pipeline, client=session.client.address, bare=bare
+    )
 
 
 async def _skip(conversation: SmtpConversation, size: int) -> None:

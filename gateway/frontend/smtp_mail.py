@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from gateway.facts import Phase
-from gateway.frontend.closing import Closing
 from gateway.frontend.served import HandOff
 from gateway.frontend.smtp_upstream import (
     SENDER_OK,
@@ -88,7 +87,7 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
         return False
     reply = await route_and_mail(conversation, None)
     if isinstance(reply, Refuse):
-        conversation.refuse(reply, "mail")
+        conversation.end_if_told(reply, conversation.refuse(reply, "mail"))
     else:
         pass_on(conversation, reply, Phase.MAIL)
         if conversation.hand_off is HandOff.MAIL and await hand_off_now(conversation):
@@ -191,8 +190,7 @@ def _refuse_recipient(conversation: SmtpConversation, recipient: Recipient, refu
     reply = conversation.refuse(refuse, "rcpt", stage)
     if session.transaction is not None:
         session.transaction.refused.append((recipient.original, reply))
-    if refuse.disconnect or reply.code == 421:
-        raise Closing(refuse.cause.value)
+    conversation.end_if_told(refuse, reply)
 
 
 async def _say_rcpt(conversation: SmtpConversation, recipient: Recipient) -> None:

@@ -122,7 +122,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
     ),
     "line_endings": RecordSpec(
         "Bare CR or LF in a trusted client's message was replaced.",
-        {**_SESSION, "bare_lf": "Lone LF found.", "bare_cr": "Lone CR found."},
+        {**_SESSION, "bare": "LF or CR: which came first."},
     ),
     "upstream_failure": RecordSpec(
         "An upstream could not be used, or was lost.",

@@ -26,7 +26,7 @@ from gateway.frontend.served import HandOff, Networks
 from gateway.limits import Limits
 from gateway.pipeline import registry
 from gateway.pipeline.chain import Call, Chain, Step, bound_hook, route_phase
-from gateway.pipeline.conditions import ConditionError, Conditions
+from gateway.pipeline.conditions import FUNCTIONS, ConditionError, Conditions
 from gateway.relay.tls import Certificate, ServerContext, TlsConfigError
 from gateway.stage import Kind, Settings, Stage
 from gateway.tables import ListFile
@@ -136,6 +136,7 @@ class _Compiler:
         self._check_terminal()
         self._check_modes()
         self._check_facts()
+        self._check_order()
         self._check_pools()
         self._check_tls()
         if self.problems:
@@ -199,8 +200,7 @@ class _Compiler:
         try:
             names = conditions.compile(expression)
         except ConditionError as error:
-            name = error.text.rpartition("undeclared reference to ")[2].strip("'") if "undeclared" in error.text else ""
-            hint = did_you_mean(name, conditions.facts) if name else ""
+            hint = did_you_mean(error.unknown, [*conditions.facts, *FUNCTIONS]) if error.unknown else ""
             self.problem(
                 loc,
                 f"column {error.column} of {self._as_written(loc, expression.text)!r}: {error.text}",
@@ -278,6 +278,18 @@ class _Compiler:
             if hasattr(stage, "message"):
                 self.problem(entry.loc, f"{entry.name} needs the content of messages, which this version does not read")
 
+    def _check_order(self) -> None:
+        """A limit on failed logins that stands behind the verifiers would never stop one."""
+        verifiers = [index for index, (_, stage) in enumerate(self.entries) if hasattr(stage, "mechanisms")]
+        for index, (entry, stage) in enumerate(self.entries):
+            counts = getattr(stage.settings, "count", "") == "auth_failures"
+            if counts and verifiers and index > verifiers[0]:
+                self.problem(
+                    entry.loc,
+                    f"{entry.name} of auth_failures stands behind {self.entries[verifiers[0]][0].name} and would never be asked",
+                    "move it above the auth stages",
+                )
+
     def _check_facts(self) -> None:
         for entry, stage in self.entries:
             for name in sorted(stage.requires):
@@ -286,7 +298,7 @@ class _Compiler:
             when = self.when.get(stage)
             if when is None:
                 continue
-            phases = [phase for phase in _implemented(stage) if phase >= when.phase]
+            phases = [phase for phase in _needed(stage) if phase >= when.phase]
             upstream = any(
                 hasattr(stage, hook)
                 for hook in ("upstream_connect", "upstream_ready", "upstream_login", "upstream_mail")
@@ -310,12 +322,12 @@ class _Compiler:
             for loc, pool_name in _found(stage.settings, PoolName, entry.loc):
                 if pool_name not in known:
                     self.problem(loc, f"no pool named {str(pool_name)!r} in upstreams", did_you_mean(pool_name, known))
-        listening = {
-            (listener.host or "127.0.0.1", listener.port) for listener in self._listeners() if not listener.path
-        }
+        listening = {(listener.host, listener.port) for listener in self._listeners() if not listener.path}
+        everywhere = {port for host, port in listening if host in ("", "0.0.0.0", "::")}
         for name, pool in known.items():
             for index, server in enumerate(pool.servers):
-                if (server.url.host, server.url.port) in listening and not server.url.path:
+                url = server.url
+                if not url.path and ((url.host, url.port) in listening or (url.local and url.port in everywhere)):
                     self.problem(
                         ("upstreams", name, "servers", index),
                         f"{server.url} is a listener of this pipeline: mail would go in a circle",

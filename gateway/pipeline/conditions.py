@@ -24,6 +24,7 @@ _TYPES: dict[FactType, cel.Type] = {
     "bool": cel.Type.BOOL,
 }
 _ERROR = re.compile(r"ERROR: <input>:(\d+):(\d+): (.*)")
+_UNDECLARED = re.compile(r"undeclared reference to '([^']*)'")
 _STRING = re.compile(r"""("([^"\\]|\\.)*"|'([^'\\]|\\.)*')""")
 _SCOPES = (Scope.SESSION, Scope.TRANSACTION, Scope.RECIPIENT)
 
@@ -32,10 +33,11 @@ Listed = Callable[[str, str], bool]
 
 @dataclass(frozen=True, slots=True)
 class ConditionError(Exception):
-    """The text is not a valid expression: `column` counts from 1 within it."""
+    """The text is not a valid expression: `column` counts from 1 within it; `unknown` is a name nobody knows."""
 
     text: str
     column: int
+    unknown: str = ""
 
 
 @lru_cache(maxsize=512)
@@ -61,20 +63,36 @@ def _local(address: str) -> str:
     return address.rpartition("@")[0] if "@" in address else address
 
 
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One function of ours, over texts: the names of its arguments, the type of its result, what it gives."""
+
+    arguments: tuple[str, ...]
+    result: FactType
+    help: str
+
+
+FUNCTIONS: dict[str, Function] = {
+    "network": Function(("address", "cidr"), "bool", "Whether the address lies in the network."),
+    "domain": Function(("address",), "string", "What stands after the last @, lower-cased; empty without one."),
+    "local": Function(("address",), "string", "What stands before the last @."),
+    "lower": Function(("text",), "string", "The text in lower case."),
+    "listed": Function(
+        ("table", "text"), "bool", "Whether the text, lower-cased, is an entry of that list below `tables`."
+    ),
+}
+
+
 def _functions(listed: Listed) -> list[cel.FunctionDecl]:
-    string, boolean = cel.Type.STRING, cel.Type.BOOL
-
-    def declare(name: str, result: cel.Type, arity: int, call: Callable[..., FactValue]) -> cel.FunctionDecl:
-        overload = cel.Overload(f"{name}_{arity}", result, [string] * arity, False, call)
-        return cel.FunctionDecl(name, [overload])
-
-    return [
-        declare("network", boolean, 2, _network),
-        declare("domain", string, 1, _domain),
-        declare("local", string, 1, _local),
-        declare("lower", string, 1, str.lower),
-        declare("listed", boolean, 2, listed),
-    ]
+    calls: dict[str, Callable[..., FactValue]] = {
+        "network": _network, "domain": _domain, "local": _local, "lower": str.lower, "listed": listed,
+    }  # fmt: skip
+    declared = []
+    for name, function in FUNCTIONS.items():
+        types = [cel.Type.STRING] * len(function.arguments)
+        overload = cel.Overload(f"{name}_{len(types)}", _TYPES[function.result], types, False, calls[name])
+        declared.append(cel.FunctionDecl(name, [overload]))
+    return declared
 
 
 class Conditions:
@@ -100,10 +118,10 @@ class Conditions:
         try:
             compiled = self._env.compile(expression.text)
         except RuntimeError as error:
-            raise _condition_error(str(error)) from None
+            raise _condition_error(str(error), expression.text) from None
         result = compiled.return_type().name().lower()
         if result != expression.result:
-            raise ConditionError(f"gives a {result}, not a {expression.result}", 1)
+            raise ConditionError(f"gives {result}, not {expression.result}", 1)
         names = self.names(expression.text)
         facts = tuple(self.facts[name] for name in names)
         phase = max((fact.phase for fact in facts), default=Phase.CONNECT)
@@ -141,10 +159,20 @@ def _program(compiled: cel.Expression, facts: tuple[Fact, ...], expression: Expr
     return program
 
 
-def _condition_error(message: str) -> ConditionError:
+def _condition_error(message: str, expression: str) -> ConditionError:
+    """CEL's error with the column at which the name or sign in question begins."""
     found = _ERROR.search(message)
     if found is None:
         return ConditionError(message.splitlines()[0] if message else "not an expression", 1)
+    before = expression.split("\n")[: int(found.group(1)) - 1]
+    at = sum(len(line) + 1 for line in before) + int(found.group(2)) - 1
     text = found.group(3).replace(" (in container '')", "")
     text = re.sub(r" expecting \{.*", "", text).replace("INVALID_ARGUMENT", "").removesuffix(" []")
-    return ConditionError(text, int(found.group(2)))
+    unknown = _UNDECLARED.search(text)
+    if unknown is not None:
+        name = unknown.group(1)
+        at = max(0, expression.rfind(name, 0, at + len(name)))  # CEL points at a dot or parenthesis of it
+        if name in FUNCTIONS:
+            return ConditionError(f"{name} is written {name}({', '.join(FUNCTIONS[name].arguments)})", at + 1)
+        return ConditionError(text, at + 1, name)
+    return ConditionError(text, at + 1)

@@ -24,7 +24,8 @@ def settings_rows(model: type[BaseModel]) -> list[SettingRow]:
     """The settings of a model in the order of its fields."""
     properties = _schema(model).get("properties", {})
     rows = []
-    for name, field in model.model_fields.items():
+    for attribute, field in model.model_fields.items():
+        name = field.alias or attribute
         schema = properties.get(name, {}) if isinstance(properties, Mapping) else {}
         default = field.default
         if default is PydanticUndefined:

@@ -289,10 +289,8 @@ class Player:
         upstream.reader, upstream.writer = await upstream.queue.get()
         upstream.writer.write(b"220 upstream.test ESMTP\r\n")
         self._expect(Step(step.who, "<", "EHLO *", step.line), await upstream.reader.readline(), step.who)
-        lines = ["upstream.test", *upstream.ehlo]
-        upstream.writer.write(
-            "".join(f"250{'-' if index < len(lines) - 1 else ' '}{line}\r\n" for index, line in enumerate(lines)).encode()
-        )
+        *lines, last = "upstream.test", *upstream.ehlo
+        upstream.writer.write("".join([*(f"250-{line}\r\n" for line in lines), f"250 {last}\r\n"]).encode())
 
     async def _send(self, data: bytes) -> None:
         if self.mode == "bytes":

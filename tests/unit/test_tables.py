@@ -118,7 +118,7 @@ def test_longest_prefix_wins(address: str, found: tuple[int, str] | None) -> Non
 
 @pytest.mark.parametrize("wrong", ["", "example.org", "10.0.0.1/8", "10.0.0.0/33", "10.0.0"])
 def test_what_is_no_network_is_refused(wrong: str) -> None:
-    with pytest.raises(ValueError, match="network|prefix"):
+    with pytest.raises(ValueError, match=r"network|prefix"):
         NetworkTable[str]().add(wrong, "")
 
 
