@@ -35,9 +35,9 @@ from gateway import (
     Cause,
     Digest,
     Duration,
+    ExistingFile,
     Kind,
     Password,
-    PathValue,
     Refuse,
     Session,
     Settings,
@@ -99,7 +99,7 @@ class AuthFileSettings(Settings):
 
     short_form: ClassVar[str | None] = "file"
 
-    file: PathValue = Field(description="File of `user:hash` lines; relative to the pipeline file.")
+    file: ExistingFile = Field(description="File of `user:hash` lines; relative to the pipeline file.")
     required: bool = Field(True, description="MAIL before AUTH is 530.")
     cram_md5: bool = Field(False, description="Offer CRAM-MD5, for users whose entry is {PLAIN}.")
     fallthrough: bool = Field(False, description="Leave users that the file does not have to the next auth stage.")

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway.smtp")
 
+
 class SmtpConversation:
     """One SMTP session: the client's wire, what is known of the session, and the upstream once there is one."""
 
     __slots__ = (
         "bdat", "carried", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "limits",
-        "login_deadline", "mail", "offer", "out", "reason", "refusals", "served", "session", "spliced", "splicing", "task",
-        "transcript", "trusted_lines", "upstream_pool", "waiting", "wire",
+        "login_deadline", "mail", "offer", "out", "reason", "refusals", "said", "served", "session", "spliced",
+        "splicing", "task", "transcript", "trusted_lines", "upstream_pool", "waiting", "wire",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, served: Served, listener: Listener) -> None:
@@ -62,6 +63,7 @@ class SmtpConversation:
         self.committed = False  # the end of data went upstream: nothing may be cancelled now
         self.gone = False
         self.waiting = False
+        self.said = False  # a command came since the greeting
         self.splicing = False
         self.spliced = ""
         self.carried: SpliceResult | None = None
@@ -118,8 +120,12 @@ class SmtpConversation:
         while True:  # again after an accepted XCLIENT: a new session on the same wire
             await self._begin(first)
             first = False
-            if await self._commands():
-                return
+            try:
+                if await self._commands():
+                    return
+            except Closing:
+                await smtp_mail.settle(self)  # what was asked before the last word is answered before it
+                raise
 
     async def _begin(self, first: bool) -> None:
         """From the client's address to the greeting."""
@@ -141,10 +147,14 @@ class SmtpConversation:
             await self._refuse_early(result)
             if result.until > until:
                 until, early, stage = result.until, result.early, result.stage
-        if until:
+        if until and first:
             refuse = await self.hold(until, early)
             if refuse is not None:
                 await self.refuse_and_close(refuse, "greeting", stage)
+        elif until:
+            # Who sends XCLIENT may send the next commands with it (Dovecot): nothing came early.
+            await asyncio.sleep(max(0.0, until - self.wire.loop.time()))
+        self.said = False
         await self._greet(first)
 
     async def _refuse_early(self, result: Result, *, silent: bool = False) -> None:
@@ -224,6 +234,7 @@ class SmtpConversation:
                     return False
             except PeerError as error:
                 self.error((error.reply or b"501 5.5.4 syntax error").decode("ascii", "replace"))
+            self.said = True
             if self.reason == "handed off":
                 return True
 
@@ -360,9 +371,10 @@ class SmtpConversation:
         self.refuse(refuse, phase, stage)
         raise Closing(refuse.cause.value)
 
-    async def hold(self, until: float, early: Refuse | None) -> Refuse | None:
+    async def hold(self, until: float, early: Refuse | None, *, in_group: bool = False) -> Refuse | None:
         """Wait until the loop's time `until` and watch the client; what it earns by talking, or None.
 
+        `in_group`: what comes meanwhile may belong to a pipelined group and is not early (RFC 2920 3.1).
         Raises EndOfStream when the client leaves.
         """
         wire = self.wire
@@ -378,9 +390,10 @@ class SmtpConversation:
                 return None
             if wire.eof and not wire.buffered:
                 raise EndOfStream(b"")
-        if early is not None:
-            return early
-        self.session.early_talker = True
+        if not in_group:
+            if early is not None:
+                return early
+            self.session.early_talker = True
         await asyncio.sleep(max(0.0, until - wire.loop.time()))
         return None
 
@@ -390,7 +403,8 @@ class SmtpConversation:
         A refusal that says so ends the session.
         """
         if result.until:
-            early = await self.hold(result.until, result.early)
+            in_group = phase in ("mail", "rcpt") and "PIPELINING" in self.offer
+            early = await self.hold(result.until, result.early, in_group=in_group)
             if early is not None:
                 await self.refuse_and_close(early, phase, result.stage)
         if result.refuse is None:
@@ -436,9 +450,7 @@ class SmtpConversation:
         """What a session leaves behind: its transaction, its upstream connection, its stages' holds."""
         self.end_transaction()
         self.bdat = None
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            smtp_upstream.leave(connection)
+        smtp_upstream.part(self)
         if self.chain.close:
             await self.chain.tell_close(self.session)
         session, carried = self.session, self.carried

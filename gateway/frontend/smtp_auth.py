@@ -131,17 +131,18 @@ async def _succeeded(conversation: SmtpConversation, credentials: sasl.Credentia
     session.password = verdict.password
     session.auth_mechanism = credentials.mechanism
     session.upstream = verdict.upstream
-    session.postponed = None
-    conversation.login_deadline = 0.0
+    smtp_upstream.part(conversation)  # it was opened before it could be told of the login
     if conversation.served.login_decides:
         refuse = await smtp_upstream.open_for_login(conversation)
         if refuse is not None:
-            _forget_login(conversation)
+            forget_login(conversation)
             if refuse.reply is None and refuse.cause is not Cause.AUTH_FAILED:
                 # An outage, no verdict on the password: 454, or clients would ask their users for another one.
                 refuse = Refuse(Cause.AUTH_UNAVAILABLE, log=refuse.log or refuse.cause.value)
             await _answer_failure(conversation, credentials, refuse, "upstream")
             return False
+    session.postponed = None
+    conversation.login_deadline = 0.0
     log.info(
         "auth",
         session=session.id,
@@ -157,7 +158,8 @@ async def _succeeded(conversation: SmtpConversation, credentials: sasl.Credentia
     return False
 
 
-def _forget_login(conversation: SmtpConversation) -> None:
+def forget_login(conversation: SmtpConversation) -> None:
+    """As if AUTH had never been."""
     session = conversation.session
     session.user = session.typed_user = session.identity = session.auth_mechanism = ""
     session.password = None

@@ -34,16 +34,18 @@ class Mail:
 
     `answered`: MAIL was answered by us before any upstream saw it. `relayed` is the class of the upstream's
     reply to MAIL. `pending`: recipients sent upstream whose replies are still to come, with their place in the
-    queue of replies. `lost`: what every further command of the transaction gets.
+    queue of replies. `sent`: the recipient that went upstream with MAIL. `lost`: what every further command of
+    the transaction gets.
     """
 
-    __slots__ = ("accepted", "answered", "begun", "lost", "pending", "refused", "relayed")
+    __slots__ = ("accepted", "answered", "begun", "lost", "pending", "refused", "relayed", "sent")
 
     def __init__(self) -> None:
         self.answered = False
         self.relayed = 0
         self.accepted: list[Recipient] = []
         self.pending: list[tuple[int, Recipient]] = []
+        self.sent: Recipient | None = None
         self.lost: Refuse | None = None
         self.refused: Reply | None = None
         self.begun = perf_counter()
@@ -197,7 +199,7 @@ async def _say_rcpt(conversation: SmtpConversation, recipient: Recipient) -> Non
     """Send RCPT upstream; its reply is awaited now, or with the group if more commands wait already."""
     connection = conversation.connection
     mail = conversation.mail
-    if connection is not None:
+    if connection is not None and mail.sent is not recipient:
         parameters = adapted(recipient.parameters, connection.extensions, trusted=conversation.session.trusted)
         if isinstance(parameters, Refuse):
             _refuse_recipient(conversation, recipient, parameters, "")

@@ -107,7 +107,7 @@ async def route_and_mail(conversation: SmtpConversation, recipient: Recipient | 
         connection = conversation.connection
         assert connection is not None
         try:
-            reply = await _say_mail(conversation, connection)
+            reply = await _say_mail(conversation, connection, recipient)
         except UpstreamError as error:
             drop(conversation, error)
             if connection.server in tried:
@@ -119,7 +119,10 @@ async def route_and_mail(conversation: SmtpConversation, recipient: Recipient | 
         return reply
 
 
-async def _say_mail(conversation: SmtpConversation, connection: Connection) -> Reply | Refuse:
+async def _say_mail(
+    conversation: SmtpConversation, connection: Connection, recipient: Recipient | None = None
+) -> Reply | Refuse:
+    """MAIL, and in the same write the RCPT that waits for it, if the server takes that (`mail.sent`)."""
     session, transaction = conversation.session, conversation.session.transaction
     assert transaction is not None
     parameters = adapted(transaction.parameters, connection.extensions, trusted=session.trusted)
@@ -127,7 +130,13 @@ async def _say_mail(conversation: SmtpConversation, connection: Connection) -> R
         return parameters
     for _, hook in conversation.chain.upstream_mail:
         hook(session, connection)
-    reply = await connection.mail(format_mail(transaction.sender, parameters))
+    rcpt = None
+    if recipient is not None and connection.pipelining:
+        its_parameters = adapted(recipient.parameters, connection.extensions, trusted=session.trusted)
+        if not isinstance(its_parameters, Refuse):
+            rcpt = format_rcpt(recipient.address, its_parameters)
+    reply = await connection.mail(format_mail(transaction.sender, parameters), rcpt)
+    conversation.mail.sent = recipient if rcpt is not None else None
     if reply.code == 421:
         raise UpstreamError("lost", connection.server.url, f"{reply.code} {reply.text}")
     return reply
@@ -146,6 +155,13 @@ def drop(conversation: SmtpConversation, error: UpstreamError) -> None:
 def leave(connection: Connection) -> None:
     """End politely, or keep for the next session where the pool allows it."""
     give_back(connection)
+
+
+def part(conversation: SmtpConversation) -> None:
+    """Leave the upstream: what it was told of the client (login, TLS) is true no more."""
+    connection, conversation.connection = conversation.connection, None
+    if connection is not None:
+        leave(connection)
 
 
 async def open_for_login(conversation: SmtpConversation) -> Refuse | None:

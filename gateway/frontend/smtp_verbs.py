@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from gateway.frontend import smtp_auth, smtp_data, smtp_mail, smtp_xclient
+from gateway.frontend import smtp_auth, smtp_data, smtp_mail, smtp_upstream, smtp_xclient
 from gateway.frontend.closing import Closing
 from gateway.frontend.offer import ehlo_offer
 from gateway.protocol.smtp import Command, format_ehlo
@@ -59,7 +59,10 @@ async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
             Refuse(Cause.PIPELINING, text="commands sent behind STARTTLS", disconnect=True), "command"
         )
     else:
-        conversation.end_transaction()
+        # What was learned in clear is forgotten, the login too (RFC 3207 4.2).
+        smtp_mail.reset(conversation)
+        smtp_auth.forget_login(conversation)
+        smtp_upstream.part(conversation)
         conversation.write(b"220 2.0.0 ready to start TLS\r\n")
         conversation.flush()
         await conversation.start_tls()

@@ -69,6 +69,10 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
     fresh.client = _client(session.client, attributes)
     fresh.local = _destination(session, attributes)
     fresh.trusted = True
+    if session.trusted and not conversation.said:
+        # A long XCLIENT comes in parts (Dovecot): they add up while nothing else is said.
+        fresh.helo, fresh.esmtp = session.helo, session.esmtp
+        fresh.user, fresh.typed_user, fresh.auth_mechanism = session.user, session.typed_user, session.auth_mechanism
     helo, login = attributes.get("HELO"), attributes.get("LOGIN")
     if helo:
         fresh.helo = helo.decode("ascii", "replace")

@@ -131,7 +131,10 @@ class _Compiler:
             try:
                 registry.register(manager, stage)
             except registry.StageError as error:
-                self.problem(entry.loc, str(error))
+                text, _, hint = str(error).partition("; ")
+                self.problem(entry.loc, text, hint)
+        if self.problems:
+            raise ConfigError(self.problems)
         stages = [stage for _, stage in self.entries if stage.mode != "off"]
         self._check_terminal()
         self._check_modes()
@@ -165,7 +168,11 @@ class _Compiler:
                 self.problems.extend(validated)
                 continue
             assert isinstance(validated, Settings)
-            stage = stage_type(validated)
+            try:
+                stage = stage_type(validated)
+            except Exception as error:
+                self.problem(entry.loc, f"{entry.name} cannot be made: {type(error).__name__}: {error}")
+                continue
             stage.id = entry.reserved.id or entry.name
             ids[stage.id] = ids.get(stage.id, 0) + 1
             if ids[stage.id] > 1:
@@ -207,6 +214,9 @@ class _Compiler:
                 hint or "`gateway stages --facts` lists the facts",
             )
             return
+        for table in conditions.tables(expression.text):
+            if table not in self.pipeline.tables:
+                self.problem(loc, f"no list named {table!r} in tables", did_you_mean(table, self.pipeline.tables))
         for name in names:
             fact = conditions.facts[name]
             if fact.provided and not self._provided_before(stage, name):
@@ -286,7 +296,7 @@ class _Compiler:
             if counts and verifiers and index > verifiers[0]:
                 self.problem(
                     entry.loc,
-                    f"{entry.name} of auth_failures stands behind {self.entries[verifiers[0]][0].name} and would never be asked",
+                    f"{entry.name} of auth_failures stands behind {self.entries[verifiers[0]][0].name}: never asked",
                     "move it above the auth stages",
                 )
 
@@ -441,6 +451,8 @@ class _Compiler:
             return HandOff.MAIL, "nothing is needed after MAIL"
         if chain.secure or any(step.postpone for step in (*chain.connect, *chain.greeting)):
             return HandOff.MAIL, "a refusal before the greeting is given at RCPT"
+        if self.pipeline.trust.xclient:
+            return HandOff.MAIL, "trusted clients may say XCLIENT"
         return HandOff.GREETING, "nothing is needed after the greeting"
 
     # -- the result -----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ _TYPES: dict[FactType, cel.Type] = {
 _ERROR = re.compile(r"ERROR: <input>:(\d+):(\d+): (.*)")
 _UNDECLARED = re.compile(r"undeclared reference to '([^']*)'")
 _STRING = re.compile(r"""("([^"\\]|\\.)*"|'([^'\\]|\\.)*')""")
+_TABLE = re.compile(r"""\blisted\(\s*("[^"\\]*"|'[^'\\]*')""")
 _SCOPES = (Scope.SESSION, Scope.TRANSACTION, Scope.RECIPIENT)
 
 Listed = Callable[[str, str], bool]
@@ -112,6 +113,10 @@ class Conditions:
     def names(self, text: str) -> tuple[str, ...]:
         """Facts that the text reads, each once."""
         return tuple(dict.fromkeys(self._names.findall(_STRING.sub('""', text))))
+
+    def tables(self, text: str) -> tuple[str, ...]:
+        """Tables that `listed` names in the text, where it names them by a plain string."""
+        return tuple(dict.fromkeys(name[1:-1] for name in _TABLE.findall(text)))
 
     def compile(self, expression: Expression) -> tuple[str, ...]:
         """Bind the expression; the facts that it reads come back. Raises ConditionError."""

@@ -62,6 +62,25 @@ def register(manager: pluggy.PluginManager, stage: Stage) -> None:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise StageError(f"{type(stage).__name__}: {' '.join(str(error).split())}") from None
+    _check_phases(stage)
+
+
+def _check_phases(stage: Stage) -> None:
+    """What `phases` names are phases that the stage implements."""
+    own = getattr(stage, "phases", None)
+    if own is None:
+        return
+    try:
+        names = tuple(own())
+    except Exception as error:
+        raise StageError(f"{type(stage).__name__}.phases: {type(error).__name__}: {error}") from error
+    for name in names:
+        if name not in hookspecs.PHASES:
+            near = difflib.get_close_matches(str(name), hookspecs.PHASES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise StageError(f"{type(stage).__name__}.phases names {name!r}, which is no phase{hint}")
+        if not hasattr(stage, name):
+            raise StageError(f"{type(stage).__name__}.phases names {name!r}, which it does not implement")
 
 
 def _hook_names() -> set[str]:

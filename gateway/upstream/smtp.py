@@ -277,22 +277,30 @@ class Connection:
         _check_line(line)
         self._before.append((line, expect))
 
-    async def mail(self, line: bytes) -> Reply:
+    async def mail(self, line: bytes, rcpt: bytes | None = None) -> Reply:
         """MAIL with what goes before it: RSET if a transaction was left open, then `before_mail`'s commands.
 
-        The reply to MAIL. Raises UpstreamError, also for a 421 to one of the others.
+        The reply to MAIL. With `rcpt`, for servers that take pipelined commands only, that RCPT goes in the same
+        write, and its reply is the next one if MAIL was accepted. Raises UpstreamError, also for a 421 to one of
+        the others.
         """
         _check_line(line)
+        if rcpt is not None:
+            _check_line(rcpt)
         ahead, self._before = self._before, []
         if self.needs_reset or self._open:
             ahead.insert(0, (b"RSET", self._was_reset))
         self.transactions += 1
-        if ahead and self.pipelining:
-            lines = [before for before, _ in ahead]
-            self.send(b"\r\n".join([*lines, line, b""]), len(lines) + 1)
+        if rcpt is not None or (ahead and self.pipelining):
+            lines = [*(before for before, _ in ahead), line]
+            if rcpt is not None:
+                lines.append(rcpt)
+            self.send(b"\r\n".join(lines) + b"\r\n", len(lines))
             for before, expect in ahead:
                 self._answered(before, expect, await self.reply())
             reply = await self.reply()
+            if rcpt is not None and reply.code // 100 != 2:
+                await self.reply()  # some refusal for want of a sender
         else:
             for before, expect in ahead:
                 self._answered(before, expect, await self.command(before))

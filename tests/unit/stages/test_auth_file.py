@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import structlog
 
-from gateway import Authenticated, Cause, Certificate, Digest, Listener, Password, Refuse, Session
-from gateway.passwords import hash_password
+from gateway import Authenticated, Cause, Certificate, Digest, Listener, Password, Refuse, Session, passwords
+from gateway.passwords import StoredPassword, hash_password
 from stages import auth_file
 from stages.auth_file import AuthFile, AuthFileSettings
 
@@ -96,9 +96,9 @@ async def test_unknown_users_cost_a_verify(tmp_path: Path, monkeypatch: pytest.M
     text = f"a:{{PLAIN}}x\nb:{make_hashes()['bcrypt']}\nc:{make_hashes()['bcrypt']}\n"
     async with started(tmp_path / "users", text) as stage:
         seen: list[str] = []
-        real = auth_file.verify_password
+        real = passwords.verify_password
 
-        def verify(entry: auth_file.StoredPassword, password: str) -> bool:
+        def verify(entry: StoredPassword, password: str) -> bool:
             seen.append(entry.verifier)
             return real(entry, password)
 
@@ -161,7 +161,12 @@ async def test_a_bad_file_stops_the_start(tmp_path: Path, text: str, error: str)
 
 @pytest.mark.anyio
 async def test_a_missing_file_stops_the_start(tmp_path: Path) -> None:
-    stage = AuthFile(AuthFileSettings.model_validate({"file": str(tmp_path / "none")}))
+    path = tmp_path / "users"
+    with pytest.raises(ValidationError):
+        AuthFileSettings.model_validate({"file": str(path)})
+    path.touch()
+    stage = AuthFile(AuthFileSettings.model_validate({"file": str(path)}))
+    path.unlink()  # gone between check and start
     stage.id = "auth_file"
     with pytest.raises(FileNotFoundError):
         await stage.start(SimpleNamespace(loop=asyncio.get_running_loop(), clock=lambda: 0.0, log=None))
@@ -172,9 +177,9 @@ async def test_a_missing_file_stops_the_start(tmp_path: Path) -> None:
 async def test_the_cache_is_for_right_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     verified = 0
-    real = auth_file.verify_password
+    real = passwords.verify_password
 
-    def verify(entry: auth_file.StoredPassword, password: str) -> bool:
+    def verify(entry: StoredPassword, password: str) -> bool:
         nonlocal verified
         verified += 1
         return real(entry, password)
@@ -229,11 +234,11 @@ async def test_cram_md5(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["bcrypt", "argon2"])
 def test_hash_password(scheme: str) -> None:
-    entry = auth_file.parse_stored(hash_password("pässword", scheme))
+    entry = passwords.parse_stored(hash_password("pässword", scheme))
     assert (
         entry is not None
-        and auth_file.verify_password(entry, "pässword")
-        and not auth_file.verify_password(entry, "password")
+        and passwords.verify_password(entry, "pässword")
+        and not passwords.verify_password(entry, "password")
     )
 
 
@@ -246,10 +251,11 @@ def test_hash_password_refuses_what_it_cannot_keep() -> None:
 
 @pytest.mark.anyio
 async def test_threads_end(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     async with started(tmp_path / "users", "a:{PLAIN}demo\n") as stage:
         await login(stage, "a", "demo")
-        assert any(thread.name.startswith("auth_file") for thread in threading.enumerate())
-    for thread in threading.enumerate():
-        if thread.name.startswith("auth_file"):
-            thread.join(10)
-    assert not any(thread.name.startswith("auth_file") for thread in threading.enumerate())
+        ours = [one for one in threading.enumerate() if one not in before and one.name.startswith("auth_file")]
+        assert ours
+    for thread in ours:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in ours)
