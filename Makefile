@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TWO := -n 2 --dist loadfile
 STAMP := $(VENV)/.installed
 PEERS := postfix postfix-pcre swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl libnet-ssleay-perl \
          libdigest-hmac-perl fail2ban
@@ -30,10 +31,10 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test-fast: check var/tls/development.crt
-	$(BIN)/pytest tests/unit tests/dialogue
+	$(BIN)/pytest $(TWO) tests/unit tests/dialogue
 
 test: peers check var/tls/development.crt
-	$(BIN)/pytest tests
+	$(BIN)/pytest $(TWO) tests
 
 peers: $(STAMP)
 	@sh scripts/peers.sh $(PEERS)

@@ -78,7 +78,7 @@ class Wire(asyncio.Protocol):
     Public attributes: `bytes_in`, `bytes_out` (octets on the network, TLS included); `bare_lf` (the last line ended
     in LF without CR); `eof` (nothing more will come, though there may be unread bytes); `error` (why the connection
     was lost, if by a reset); `tls` (what the handshake settled, None in clear); `high` (unread bytes above which
-    reading pauses); `peername`.
+    reading pauses).
     `on_data` is called when bytes come while nobody waits; `on_gone` when the connection is lost though nothing of
     `close`, `aclose`, `abort` was called. `relay` receives everything in the buffer's stead, see `Relay`.
     """
@@ -96,6 +96,7 @@ class Wire(asyncio.Protocol):
         "_more_size",
         "_on_connect",
         "_paused",
+        "_peername",
         "_session",
         "_skipped",
         "_skipping",
@@ -114,7 +115,6 @@ class Wire(asyncio.Protocol):
         "high",
         "on_data",
         "on_gone",
-        "peername",
         "relay",
         "tls",
         "transport",
@@ -124,7 +124,7 @@ class Wire(asyncio.Protocol):
         self._loop = loop
         self._on_connect = on_connect
         self.transport: asyncio.Transport
-        self.peername: Address = ("", 0)
+        self._peername: Address | None = None
         self._sockname: Address | None = None
         self.high = HIGH
         # Unread bytes: _data from _at on, then the blocks of _more (_more_size octets in all).
@@ -163,7 +163,6 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
-        self.peername = _address(transport.get_extra_info("peername"))
         if self._on_connect is not None:
             on_connect, self._on_connect = self._on_connect, None
             on_connect(self)
@@ -468,6 +467,13 @@ class Wire(asyncio.Protocol):
         return self._lost
 
     @property
+    def peername(self) -> Address:
+        """The peer's address, asked for when first wanted."""
+        if self._peername is None:
+            self._peername = ("", 0) if self._lost else _address(self.transport.get_extra_info("peername"))
+        return self._peername
+
+    @property
     def sockname(self) -> Address:
         """Our own address on this connection."""
         if self._sockname is None:
@@ -676,14 +682,14 @@ class _Discard:
 
 def _address(name: object) -> Address:
     """What the transport knows of an end, as (host, port): IPv4-mapped addresses as IPv4, no scope, ("unix:", 0)."""
-    match name:
-        case (str(host), int(port), *_):
+    if isinstance(name, tuple):
+        host, port = name[:2]
+        if ":" in host:
             host = host.partition("%")[0]
-            return (host[7:] if host.startswith("::ffff:") and "." in host else host, port)
-        case str() | bytes():
-            return ("unix:", 0)
-        case _:
-            return ("", 0)  # gone before it could be asked
+            if host.startswith("::ffff:") and "." in host:
+                host = host[7:]
+        return (host, port)
+    return ("unix:", 0) if isinstance(name, (str, bytes)) else ("", 0)  # None: gone before it could be asked
 
 
 async def connect(address: Address | str, *, timeout: float, source: str | None = None) -> Wire:
@@ -693,32 +699,53 @@ async def connect(address: Address | str, *, timeout: float, source: str | None 
     """
     loop = asyncio.get_running_loop()
     if isinstance(address, str):
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    else:
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets NODELAY only on named TCP
+        return await _connect_unix(loop, address)
+    try:
+        async with asyncio.timeout(timeout):
+            if source is not None:
+                return await _connect_from(loop, source, address)
+            # The loop's own way costs least; it looks nothing up, since the host is numeric.
+            _, wire = await loop.create_connection(lambda: Wire(loop, _keep_alive), *address)
+            return wire
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno)) from None  # one text on every loop
+
+
+def _keep_alive(wire: Wire) -> None:
+    wire.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+async def _connect_from(loop: asyncio.AbstractEventLoop, source: str, address: Address) -> Wire:
+    """Connect from a local address, its port left to connect(): ports are then shared between destinations."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets NODELAY only on named TCP
     try:
         sock.setblocking(False)
-        if isinstance(address, str):
-            sock.connect(address)  # at once, or EAGAIN where the listen queue is full
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if source is not None:
-                # Leaves the choice of the port to connect(), so that ports are shared between destinations.
-                sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-                sock.bind((source, 0))
-            await _connect_tcp(loop, sock, address, timeout)
-        if isinstance(address, str):
-            _, wire = await loop.create_unix_connection(lambda: Wire(loop), sock=sock)
-        else:
-            _, wire = await loop.create_connection(lambda: Wire(loop), sock=sock)
+        sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((source, 0))
+        await _connected(loop, sock, address)
+        _, wire = await loop.create_connection(lambda: Wire(loop, _keep_alive), sock=sock)
     except BaseException:
         sock.close()
         raise
     return wire
 
 
-async def _connect_tcp(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: Address, timeout: float) -> None:
+async def _connect_unix(loop: asyncio.AbstractEventLoop, path: str) -> Wire:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.connect(path)  # at once, or EAGAIN where the listen queue is full
+        _, wire = await loop.create_unix_connection(lambda: Wire(loop), sock=sock)
+    except BaseException:
+        sock.close()
+        raise
+    return wire
+
+
+async def _connected(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: Address) -> None:
     """Connect a non-blocking socket. uvloop's own `sock_connect` asks a thread for the address it already has."""
     try:
         sock.connect(address)
@@ -727,13 +754,11 @@ async def _connect_tcp(loop: asyncio.AbstractEventLoop, sock: socket.socket, add
         pass
     connected: asyncio.Future[None] = loop.create_future()
     descriptor = sock.fileno()
-    timer = loop.call_later(timeout, _give_up, connected)
     loop.add_writer(descriptor, _connect_ended, connected, sock)
     try:
         await connected
     finally:
         loop.remove_writer(descriptor)
-        timer.cancel()
 
 
 def _connect_ended(connected: asyncio.Future[None], sock: socket.socket) -> None:
@@ -743,8 +768,3 @@ def _connect_ended(connected: asyncio.Future[None], sock: socket.socket) -> None
             connected.set_exception(OSError(error, os.strerror(error)))
         else:
             connected.set_result(None)
-
-
-def _give_up(connected: asyncio.Future[None]) -> None:
-    if not connected.done():
-        connected.set_exception(TimeoutError())
