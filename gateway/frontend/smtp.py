@@ -34,12 +34,15 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway.smtp")
 
+MAX_QUEUED = 500  # replies to one pipelined group that wait for its end
+
 
 class SmtpConversation:
     """One SMTP session: the client's wire, what is known of the session, and the upstream once there is one."""
 
     __slots__ = (
-        "bdat", "carried", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "limits",
+        "bdat", "carried", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "late",
+        "limits",
         "login_deadline", "mail", "offer", "out", "reason", "refusals", "said", "served", "session", "spliced",
         "splicing", "task", "transcript", "trusted_lines", "upstream_pool", "waiting", "wire",
     )  # fmt: skip
@@ -62,6 +65,7 @@ class SmtpConversation:
         self.refusals = 0
         self.committed = False  # the end of data went upstream: nothing may be cancelled now
         self.gone = False
+        self.late = False  # limits.session_timeout has passed
         self.waiting = False
         self.said = False  # a command came since the greeting
         self.splicing = False
@@ -88,6 +92,7 @@ class SmtpConversation:
         self.task = asyncio.current_task()
         self.wire.on_gone = self._client_gone
         self.login_deadline = self.wire.loop.time() + self.limits.login_timeout
+        session_clock = self.wire.loop.call_later(self.limits.session_timeout, self._session_timeout)
         try:
             await self._serve()
         except Closing as closing:
@@ -95,19 +100,24 @@ class SmtpConversation:
         except EndOfStream:
             self.reason = "client closed"
         except WireTimeout:
-            self.reason = "time-out"
-            self.out.append(smtp_reply(Refuse(Cause.TIMEOUT), self.shown_id).encode())
+            self._last_word("time-out", Cause.TIMEOUT)
         except ConnectionError as error:
             self.reason = f"client lost: {type(error).__name__}"
         except asyncio.CancelledError:
-            if not self.gone and not self.served.draining:
+            if self.gone:
+                self.reason = "client reset"
+            elif self.late:
+                self._last_word("time-out", Cause.TIMEOUT)
+            elif self.served.draining:
+                self._last_word("shutdown", Cause.SHUTDOWN)
+            else:
                 raise
-            self.reason = "client reset" if self.gone else "shutdown"
         except Exception as error:
             self.reason = f"internal error: {type(error).__name__}: {error}"
             log.exception("internal_error", session=self.session.id, pipeline=self.session.pipeline)
             self.out.append(smtp_reply(Refuse(Cause.STAGE_FAILED, disconnect=True), self.shown_id).encode())
         finally:
+            session_clock.cancel()
             await self._finish()
 
     async def _serve(self) -> None:
@@ -190,6 +200,7 @@ class SmtpConversation:
         session = self.session
         session.tls = self.wire.tls
         session.helo, session.esmtp = "", False
+        self.chain.again(session, Phase.SECURE)
         if context.verify == "required" and session.tls is not None and not session.tls.verified:
             refuse = Refuse(Cause.CERTIFICATE_REQUIRED, disconnect=True, log=session.tls.verify_error)
             await self.refuse_and_close(refuse, "secure")
@@ -244,14 +255,23 @@ class SmtpConversation:
         # AUTH may carry a whole token (RFC 4954 section 4); other commands keep their own limit.
         limit = max(limits.command_line, limits.auth_line) if self.chain.mechanisms else limits.command_line
         line = wire.next_line(limit)
-        if line is None:
-            await smtp_mail.settle(self)
+        if line is None or len(self.out) > MAX_QUEUED:
+            if self.mail.pending:
+                await smtp_mail.settle(self)
             self.flush()
-            await wire.drain()
-            self._set_command_deadline()
+            if wire.write_paused:
+                wire.set_deadline(limits.write_timeout)
+                await wire.drain()
+        if line is None:
+            if self.late:
+                raise WireTimeout
+            if self.served.draining and self.session.transaction is None:
+                self._last_word("shutdown", Cause.SHUTDOWN)
+                raise Closing("shutdown")
+            self.set_command_deadline()
             self.waiting = True
             try:
-                if self.errors == 0 and not self.session.helo:
+                if self.errors == 0 and not self.session.helo and wire.tls is None:
                     await self._refuse_tls_hello()
                 line = await wire.line(limit)
             finally:
@@ -260,7 +280,8 @@ class SmtpConversation:
             raise LineTooLong
         return line
 
-    def _set_command_deadline(self) -> None:
+    def set_command_deadline(self) -> None:
+        """The client's next line must come in time for a command, and for the login while there was none."""
         limits, now = self.limits, self.wire.loop.time()
         seconds = limits.command_timeout
         if self.login_deadline:
@@ -270,8 +291,6 @@ class SmtpConversation:
     async def _refuse_tls_hello(self) -> None:
         """A TLS handshake on a plain port never ends a line: look at the first byte."""
         wire = self.wire
-        if wire.tls is not None:
-            return
         await wire.wait_readable()
         if wire.peek(2) == NON_SMTP_TLS:
             self.write(b"554 5.5.0 this port starts in clear text; use STARTTLS or the TLS port\r\n")
@@ -286,8 +305,12 @@ class SmtpConversation:
 
     def error(self, text: str) -> None:
         """An error reply that counts."""
+        self.write(smtp_mail.softened(self, Reply.of(text)).encode())
+        self.count_error()
+
+    def count_error(self) -> None:
+        """One error more; too many without mail end the session. Raises Closing."""
         self.errors += 1
-        self.write(Reply.of(text).encode())
         if self.errors >= self.limits.errors:
             self.refuse(Refuse(Cause.TOO_MANY_ERRORS, disconnect=True), "command")
             raise Closing("too many errors")
@@ -429,9 +452,18 @@ class SmtpConversation:
     def drain(self) -> None:
         """The worker stops: an idle client is told so now, a busy one at its next command."""
         if self.waiting and self.session.transaction is None and not self.splicing:
-            self.out.append(smtp_reply(Refuse(Cause.SHUTDOWN), self.shown_id).encode())
             if self.task is not None:
                 self.task.cancel()
+
+    def _session_timeout(self) -> None:
+        """`limits.session_timeout` passed: the session ends, once no message hangs in the balance (promise 2)."""
+        self.late = True
+        if not self.committed and self.task is not None:
+            self.task.cancel()
+
+    def _last_word(self, reason: str, cause: Cause) -> None:
+        self.reason = reason
+        self.out.append(smtp_reply(Refuse(cause), self.shown_id).encode())
 
     def start_transcript(self) -> None:
         """`debug_clients`: log the dialogue, secrets removed."""
@@ -477,6 +509,8 @@ class SmtpConversation:
 
     async def _finish(self) -> None:
         self.wire.on_gone = None
+        if self.session.listener.implicit_tls and self.wire.tls is None:
+            self.out.clear()  # the client expects TLS: not a byte in clear (design section 9)
         try:
             if not self.gone and not self.splicing:
                 self.flush()

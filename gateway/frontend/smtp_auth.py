@@ -111,7 +111,7 @@ async def _ask(conversation: SmtpConversation, challenge: bytes) -> bytes:
     conversation.write(b"334 " + base64.b64encode(challenge) + b"\r\n")
     conversation.flush()
     wire = conversation.wire
-    wire.set_deadline(conversation.limits.command_timeout)
+    conversation.set_command_deadline()
     try:
         line = await wire.line(conversation.limits.auth_line)
     except LineTooLong:

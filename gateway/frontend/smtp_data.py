@@ -80,6 +80,7 @@ async def _begin_content(conversation: SmtpConversation) -> Reply | None:
     if not transaction.recipients:
         if mail.lost is not None:
             conversation.refuse(mail.lost, "data")
+            conversation.count_error()
         else:
             conversation.error("554 5.5.1 no valid recipients")
         return None
@@ -139,6 +140,8 @@ async def _finish_content(conversation: SmtpConversation, relay: ContentRelay) -
         reply = conversation.refuse(outcome, "message")
     else:
         reply = pass_on(conversation, outcome, Phase.MESSAGE)
+        if reply.reply_class == 2:
+            conversation.errors = conversation.junk = 0  # both count what comes without mail
         if relay.abandoned:
             relay.abandon()
             conversation.connection = None

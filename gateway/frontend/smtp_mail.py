@@ -14,6 +14,7 @@ from gateway.frontend.smtp_upstream import (
     SENDER_OK,
     drop,
     hand_off_now,
+    in_place,
     rcpt_alone,
     replay,
     route_and_mail,
@@ -62,6 +63,7 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
         return False
     if conversation.served.auth_required and not session.user:
         conversation.refuse(Refuse(Cause.AUTH_REQUIRED), "mail")
+        conversation.count_error()
         return False
     if session.transactions >= conversation.limits.transactions:
         await conversation.refuse_and_close(
@@ -71,6 +73,7 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
     refuse = _parameters_refused(conversation, parsed.parameters) or _too_big(conversation, parsed.parameters)
     if refuse is not None:
         conversation.refuse(refuse, "mail")
+        conversation.count_error()
         return False
     session.transactions += 1
     transaction = Transaction(f"{session.id}.{session.transactions}", parsed.address, parsed.parameters)
@@ -103,7 +106,9 @@ def _parameters_refused(
     conversation: SmtpConversation, parameters: tuple[tuple[str, str | None], ...]
 ) -> Refuse | None:
     """A parameter of an extension that was not announced here is 555 5.5.4 (RFC 5321 4.1.1.11)."""
-    for keyword, _ in parameters:
+    for keyword, value in parameters:
+        if keyword == "BODY" and value is not None and value.upper() == "BINARYMIME":
+            return Refuse(Cause.NOT_CARRIED, text="BINARYMIME not offered")
         extension = PARAMETER_EXTENSION.get(keyword)
         if extension is None or extension not in conversation.offer:
             if keyword == "SIZE" and conversation.session.esmtp:
@@ -136,6 +141,9 @@ async def rcpt(conversation: SmtpConversation, command: Command) -> bool:
         conversation.error("503 5.5.1 BDAT already begun")
         return False
     mail = conversation.mail
+    if len(transaction.refused) >= conversation.limits.recipients:
+        conversation.error("452 4.5.3 too many recipients")
+        return False
     parsed = parse_rcpt(command.argument, utf8=transaction.smtputf8)
     recipient = Recipient(parsed.address, parsed.parameters, len(transaction.recipients))
     refuse = _recipient_refused(conversation, recipient)
@@ -165,7 +173,8 @@ async def rcpt(conversation: SmtpConversation, command: Command) -> bool:
     await _say_rcpt(conversation, recipient)
     if conversation.hand_off in (HandOff.RCPT, HandOff.MAIL) and session.postponed is None:
         await settle(conversation)
-        await hand_off_now(conversation)
+        if mail.lost is None:  # or the client would go on in a transaction that no server knows of
+            await hand_off_now(conversation)
     return False
 
 
@@ -226,9 +235,7 @@ async def settle(conversation: SmtpConversation) -> None:
     else:
         try:
             for place, recipient in pending:
-                reply = await connection.reply()
-                if reply.code == 421:
-                    raise UpstreamError("lost", connection.server.url, f"421 {reply.text}")
+                reply = in_place(connection, await connection.reply())
                 _recipient_answered(conversation, place, recipient, reply)
                 answered += 1
         except UpstreamError as caught:

@@ -135,10 +135,17 @@ async def _say_mail(
         its_parameters = adapted(recipient.parameters, connection.extensions, trusted=session.trusted)
         if not isinstance(its_parameters, Refuse):
             rcpt = format_rcpt(recipient.address, its_parameters)
-    reply = await connection.mail(format_mail(transaction.sender, parameters), rcpt)
+    reply = in_place(connection, await connection.mail(format_mail(transaction.sender, parameters), rcpt))
     conversation.mail.sent = recipient if rcpt is not None else None
+    return reply
+
+
+def in_place(connection: Connection, reply: Reply) -> Reply:
+    """A reply that ends its command. Raises UpstreamError for 421, and for 3xx, which would make the client go on."""
     if reply.code == 421:
-        raise UpstreamError("lost", connection.server.url, f"{reply.code} {reply.text}")
+        raise UpstreamError("lost", connection.server.url, f"421 {reply.text}")
+    if reply.reply_class == 3:
+        raise connection.failed("garbage", f"{reply.code} out of place")
     return reply
 
 
@@ -215,10 +222,7 @@ async def rcpt_alone(connection: Connection, conversation: SmtpConversation, rec
     parameters = adapted(recipient.parameters, connection.extensions, trusted=conversation.session.trusted)
     if isinstance(parameters, Refuse):
         raise UpstreamError("lost", connection.server.url, "the next server lacks a parameter of the envelope")
-    reply = await connection.command(format_rcpt(recipient.address, parameters))
-    if reply.code == 421:
-        raise UpstreamError("lost", connection.server.url, f"421 {reply.text}")
-    return reply
+    return in_place(connection, await connection.command(format_rcpt(recipient.address, parameters)))
 
 
 async def replay(conversation: SmtpConversation, error: UpstreamError) -> bool:
@@ -239,11 +243,13 @@ async def replay(conversation: SmtpConversation, error: UpstreamError) -> bool:
         reply = await _say_mail(conversation, connection)
         if isinstance(reply, Refuse) or reply.code // 100 != 2:
             mail.lost = Refuse(Cause.UPSTREAM_LOST, log="MAIL was refused when it was replayed")
+            part(conversation)
             return False
         for recipient in mail.accepted:
             reply = await rcpt_alone(connection, conversation, recipient)
             if reply.code // 100 != 2:
                 mail.lost = Refuse(Cause.UPSTREAM_LOST, log="an accepted recipient was refused when it was replayed")
+                part(conversation)  # it would take the message for some of its recipients
                 return False
     except UpstreamError as again:
         mail.lost = Refuse(Cause.UPSTREAM_LOST, log=str(again))
@@ -254,25 +260,33 @@ async def replay(conversation: SmtpConversation, error: UpstreamError) -> bool:
 
 async def say_data(conversation: SmtpConversation) -> Reply | Refuse:
     """DATA upstream; a server that left before its 354 is replaced once more: it has none of the content."""
+    if conversation.mail.lost is not None:
+        return conversation.mail.lost
     connection = conversation.connection
     error = UpstreamError("lost", "", "the upstream closed before DATA")
     if connection is not None and usable(connection):
         try:
-            reply = await connection.command(b"DATA")
-            if reply.code != 421:
-                return reply
-            error = UpstreamError("lost", connection.server.url, f"421 {reply.text}")
+            return await _data_alone(connection)
         except UpstreamError as caught:
             error = caught
+    if error.kind == "garbage":  # no word to trust, no server to blame another one for
+        drop(conversation, error)
+        return Refuse(Cause.UPSTREAM_LOST, log=str(error))
     if not await replay(conversation, error):
         return conversation.mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
     assert conversation.connection is not None
     try:
-        reply = await conversation.connection.command(b"DATA")
+        return await _data_alone(conversation.connection)
     except UpstreamError as caught:
         drop(conversation, caught)
         return Refuse(Cause.UPSTREAM_LOST, log=str(caught))
-    if reply.code == 421:
-        drop(conversation, UpstreamError("lost", "", f"421 {reply.text}"))
-        return Refuse(Cause.UPSTREAM_LOST, log=f"421 {reply.text}")
-    return reply
+
+
+async def _data_alone(connection: Connection) -> Reply:
+    """354, 4xx or 5xx; a 2xx would promise a message that nobody has seen. Raises UpstreamError."""
+    reply = await connection.command(b"DATA")
+    if reply.code == 354:
+        return reply
+    if reply.reply_class == 2:
+        raise connection.failed("garbage", f"{reply.code} to DATA")
+    return in_place(connection, reply)

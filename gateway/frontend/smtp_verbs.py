@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from gateway.facts import Phase
 from gateway.frontend import smtp_auth, smtp_data, smtp_mail, smtp_upstream, smtp_xclient
 from gateway.frontend.closing import Closing
 from gateway.frontend.offer import ehlo_offer
@@ -31,6 +32,7 @@ async def _helo(conversation: SmtpConversation, command: Command) -> bool:
         conversation.count_junk()
     smtp_mail.reset(conversation)
     session.helo, session.esmtp = name, command.verb == "EHLO"
+    chain.again(session, Phase.HELO)
     if chain.helo:
         reply = await conversation.asked(await chain.ask(chain.helo, session, name), "helo")
         if reply is not None:

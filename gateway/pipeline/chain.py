@@ -297,6 +297,11 @@ class Chain:
                 assert_never(verdict)
         return False
 
+    def again(self, session: Session, phase: Phase) -> None:
+        """The phase comes another time (HELO, a handshake): stages that start late must hear of it anew."""
+        if session.asked:
+            session.asked = {mark for mark in session.asked if mark[1] != phase}
+
     def tell_settled(self, session: Session, outcome: Outcome) -> None:
         """`settled` of every stage; what they raise is logged."""
         for stage, hook in self.settled:

@@ -123,19 +123,10 @@ class _Compiler:
 
     def plan(self) -> Plan:
         self._build_stages()
+        if self.problems:  # what a stage that is missing means for the others nobody can say
+            raise ConfigError(self.problems)
         self._bind_expressions()
-        if self.problems:
-            raise ConfigError(self.problems)
-        manager = registry.new_manager()
-        for entry, stage in self.entries:
-            try:
-                registry.register(manager, stage)
-            except registry.StageError as error:
-                text, _, hint = str(error).partition("; ")
-                self.problem(entry.loc, text, hint)
-        if self.problems:
-            raise ConfigError(self.problems)
-        stages = [stage for _, stage in self.entries if stage.mode != "off"]
+        self._check_contract()
         self._check_terminal()
         self._check_modes()
         self._check_facts()
@@ -145,7 +136,7 @@ class _Compiler:
         if self.problems:
             raise ConfigError(self.problems)
         steps = self._steps()
-        chain = Chain(stages, steps)
+        chain = Chain([stage for _, stage in self.entries if stage.mode != "off"], steps)
         hand_off, reason = self._grade(chain)
         self._check_relay()
         if self.problems:
@@ -171,7 +162,8 @@ class _Compiler:
             try:
                 stage = stage_type(validated)
             except Exception as error:
-                self.problem(entry.loc, f"{entry.name} cannot be made: {type(error).__name__}: {error}")
+                text = self._as_written(entry.loc, f"{type(error).__name__}: {error}")
+                self.problem(entry.loc, f"{entry.name} cannot be made: {text}")
                 continue
             stage.id = entry.reserved.id or entry.name
             ids[stage.id] = ids.get(stage.id, 0) + 1
@@ -208,9 +200,14 @@ class _Compiler:
             names = conditions.compile(expression)
         except ConditionError as error:
             hint = did_you_mean(error.unknown, [*conditions.facts, *FUNCTIONS]) if error.unknown else ""
+            written = self._as_written(loc, expression.text)
+            if written != expression.text:  # what is wrong may be a part of a secret
+                text = f"{written!r} is no expression with what it is expanded to"
+                self.problem(loc, text, "write it without ${...}")
+                return
             self.problem(
                 loc,
-                f"column {error.column} of {self._as_written(loc, expression.text)!r}: {error.text}",
+                f"column {error.column} of {written!r}: {error.text}",
                 hint or "`gateway stages --facts` lists the facts",
             )
             return
@@ -253,6 +250,15 @@ class _Compiler:
         return any(f"{other.id}.{fact.name}" == name for other in self._before(stage) for fact in other.facts)
 
     # -- load checks ----------------------------------------------------------------------------------------
+
+    def _check_contract(self) -> None:
+        manager = registry.new_manager()
+        for entry, stage in self.entries:
+            try:
+                registry.register(manager, stage)
+            except registry.StageError as error:
+                text, _, hint = str(error).partition("; ")
+                self.problem(entry.loc, text, hint)
 
     def _check_terminal(self) -> None:
         terminals = [(entry, stage) for entry, stage in self.entries if stage.terminal]
@@ -306,7 +312,7 @@ class _Compiler:
                 if not self._known_to(stage, name):
                     self.problem(entry.loc, f"{entry.name} needs {name}", "add a stage that provides it above")
             when = self.when.get(stage)
-            if when is None:
+            if when is None or stage.terminal:
                 continue
             phases = [phase for phase in _needed(stage) if phase >= when.phase]
             upstream = any(
@@ -331,7 +337,8 @@ class _Compiler:
         for entry, stage in self.entries:
             for loc, pool_name in _found(stage.settings, PoolName, entry.loc):
                 if pool_name not in known:
-                    self.problem(loc, f"no pool named {str(pool_name)!r} in upstreams", did_you_mean(pool_name, known))
+                    name = self._as_written(loc, pool_name)
+                    self.problem(loc, f"no pool named {name!r} in upstreams", did_you_mean(name, known))
         listening = {(listener.host, listener.port) for listener in self._listeners() if not listener.path}
         everywhere = {port for host, port in listening if host in ("", "0.0.0.0", "::")}
         for name, pool in known.items():

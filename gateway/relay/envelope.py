@@ -61,7 +61,7 @@ class ContentRelay:
     """
 
     __slots__ = (
-        "_header_tail", "_received", "_refuse", "abandoned", "client", "commit", "connection", "data_timeout",
+        "_header_tail", "_last", "_received", "_refuse", "abandoned", "client", "commit", "connection", "data_timeout",
         "end_timeout", "max_received", "size", "size_limit",
     )  # fmt: skip
 
@@ -86,6 +86,7 @@ class ContentRelay:
         self.size = 0
         self.abandoned = False
         self._refuse: Refuse | None = None
+        self._last = b""  # the last block, which goes with the end of data in one write
         self._received = 0
         self._header_tail: bytes | None = b"\r\n" if max_received else None
 
@@ -109,7 +110,7 @@ class ContentRelay:
                     self._stop(Refuse(Cause.LINE_ENDINGS, log=f"bare {scanner.bare}"))
                 self.size = scanner.size
                 if self._refuse is None and scan.content:
-                    self._forward(scan.content)
+                    self._forward(scan.content, last=scan.end)
                 if scan.end:
                     if scan.rest:
                         client.unread(scan.rest)
@@ -146,7 +147,7 @@ class ContentRelay:
         content = stuffer.finish()
         self._check_chunk(stuffer)
         if self._refuse is None and content:
-            self._forward(content)
+            self._forward(content, last=True)
 
     def refused(self) -> Refuse | None:
         """What stopped the message on its way, if anything did."""
@@ -157,13 +158,17 @@ class ContentRelay:
         connection = self.connection
         if connection.wire.write_buffered > HIGH:
             await self._drain(self.end_timeout)
-            if self._refuse is not None:
-                return self._refuse
+        if self._spoke_early():
+            assert self._refuse is not None
+            return self._refuse
         self.commit(True)
         try:
-            connection.wire.write(b".\r\n")
+            connection.wire.write(self._last + b".\r\n")
             pool = connection.pool
-            return await connection.reply(timeout=pool.settings.data_done_timeout if pool is not None else None)
+            reply = await connection.reply(timeout=pool.settings.data_done_timeout if pool is not None else None)
+            if reply.reply_class == 3:
+                raise connection.failed("garbage", f"{reply.code} out of place")
+            return reply
         except UpstreamError as error:
             self.abandon()
             return Refuse(Cause.UPSTREAM_LOST, log=f"after the end of data: {error}")
@@ -176,6 +181,12 @@ class ContentRelay:
             self.abandoned = True
             self.connection.abort()
 
+    def _spoke_early(self) -> bool:
+        """Whether the upstream answered or closed before our end: only bad news, and the two are out of step."""
+        if self._refuse is None and (self.connection.wire.eof or self.connection.wire.buffered):
+            self._stop(Refuse(Cause.UPSTREAM_LOST, log="the upstream answered or closed during content"))
+        return self._refuse is not None
+
     def _stop(self, refuse: Refuse) -> None:
         if self._refuse is None:
             self._refuse = refuse
@@ -185,11 +196,9 @@ class ContentRelay:
         if stuffer.policy == "reject" and stuffer.bare is not None:
             self._stop(Refuse(Cause.LINE_ENDINGS, log=f"bare {stuffer.bare}"))
 
-    def _forward(self, content: bytes) -> None:
+    def _forward(self, content: bytes, *, last: bool = False) -> None:
         upstream = self.connection.wire
-        if upstream.eof or upstream.buffered:
-            # An answer before our end can only be bad news; the connection is not in step any more.
-            self._stop(Refuse(Cause.UPSTREAM_LOST, log="the upstream answered or closed during content"))
+        if self._spoke_early():
             return
         if self.size_limit and self.size > self.size_limit:
             self._stop(Refuse(Cause.MESSAGE_TOO_BIG))
@@ -197,7 +206,10 @@ class ContentRelay:
         if self._header_tail is not None and self._loops(content):
             self._stop(Refuse(Cause.LOOP, log=f"more than {self.max_received} Received fields"))
             return
-        upstream.write(content)
+        if last:
+            self._last = content
+        else:
+            upstream.write(content)
 
     def _loops(self, content: bytes) -> bool:
         """Count Received fields while the header passes (RFC 5321 6.3)."""

@@ -371,6 +371,11 @@ class Wire(asyncio.Protocol):
         """Octets written that the kernel has not taken yet."""
         return 0 if self._lost else self.transport.get_write_buffer_size()
 
+    @property
+    def write_paused(self) -> bool:
+        """Whether `drain` would wait."""
+        return self._write_paused
+
     async def drain(self) -> None:
         """Wait until the write buffer is below its low water mark. Raises EndOfStream, WireTimeout."""
         while self._write_paused and not self._lost:

@@ -35,7 +35,8 @@ from gateway.upstream.smtp import quits_done
 
 log = structlog.get_logger("gateway.worker")
 
-ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # no 0, O, 1, I: ids are read out on the telephone
+ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # no 0, O, 1, I: ids are read out on the telephone
+ID_LETTERS = ID_ALPHABET * 8  # a letter for each octet
 BACKLOG = 511
 LEARN_TIMEOUT = 5.0
 SWEEP_SECONDS = 1.0
@@ -47,7 +48,7 @@ class StartError(Exception):
 
 def new_id() -> str:
     """A session id: seven characters, `7KQ2-M9X`; 32^7 of them."""
-    text = "".join(ID_ALPHABET[byte & 31] for byte in secrets.token_bytes(7))
+    text = os.urandom(7).translate(ID_LETTERS).decode()
     return f"{text[:4]}-{text[4:]}"
 
 

@@ -377,7 +377,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 def _client_context(certificate: Path | None = None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     if certificate is not None:

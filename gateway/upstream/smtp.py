@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from gateway.protocol.errors import LocalError, PeerError
@@ -242,7 +243,7 @@ class Connection:
         reusable = self.reusable
         reply = await self.command(b"EHLO " + argument, timeout=timeout)
         if reply.code == 250:
-            self.ehlo = parse_ehlo(reply)
+            self.ehlo = _announced(reply)
         elif reply.code >= 500 and not self.closing:
             reply = await self.command(b"HELO " + argument, timeout=timeout)
             if reply.code == 250:
@@ -383,6 +384,12 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<Connection {self.server.url} transactions={self.transactions} closing={self.closing}>"
+
+
+@lru_cache(maxsize=32)
+def _announced(reply: Reply) -> Ehlo:
+    """Servers say the same to every session; nobody changes what comes of it."""
+    return parse_ehlo(reply)
 
 
 def _check_line(line: bytes) -> None:

@@ -103,6 +103,7 @@ def test_each_was_played_as_it_claims(request: pytest.FixtureRequest) -> None:
     for item in selected:
         params = getattr(item, "callspec").params  # noqa: B009
         mode, transcript = params["mode"], params["transcript"]
+        assert item.name in PLAYED, item.name
         encrypted, on_uvloop, whole = PLAYED[item.name]
         assert whole, item.name
         assert on_uvloop == (mode != "asyncio"), item.name

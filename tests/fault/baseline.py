@@ -30,7 +30,7 @@ async def unchanged(gateway: Gateway, limit: float = 10.0) -> AsyncIterator[None
     try:
         async with asyncio.timeout(limit):
             await gateway.idle()
-            while left := _left(gateway, tasks, opened):
+            while _left(gateway, tasks, opened):
                 await asyncio.sleep(0)
                 gc.collect(0)
     except TimeoutError:

@@ -15,11 +15,18 @@ import pytest
 
 from gateway.testing.gateway import free_port, running
 from tests.fault.baseline import unchanged
+from tests.fault.client import Client
 
 EHLO = ["PIPELINING", "SIZE 1000000", "8BITMIME"]
 STEPS = ["greeting", "EHLO", "MAIL", "RCPT", "DATA", "content", "end"]
 FAULTS = ["hang", "garbage", "half a reply", "reset", "close", "421", "endless reply"]
-REPLIES = {"MAIL": b"250 2.1.0 Ok\r\n", "RCPT": b"250 2.1.5 Ok\r\n", "DATA": b"354 go\r\n", "QUIT": b"221 Bye\r\n", "RSET": b"250 Ok\r\n"}
+REPLIES = {
+    "MAIL": b"250 2.1.0 Ok\r\n",
+    "RCPT": b"250 2.1.5 Ok\r\n",
+    "DATA": b"354 go\r\n",
+    "QUIT": b"221 Bye\r\n",
+    "RSET": b"250 Ok\r\n",
+}
 
 
 class Faulty:
@@ -42,8 +49,15 @@ class Faulty:
             return
         while line := await reader.readline():
             verb = line[:4].upper().decode()
-            answer = b"".join(b"250-" + word.encode() + b"\r\n" for word in EHLO[:-1]) + b"250 " + EHLO[-1].encode() + b"\r\n"
-            if not await self._say(verb, answer if verb == "EHLO" else REPLIES.get(verb, b"500 what\r\n"), writer, reader):
+            answer = (
+                b"".join(b"250-" + word.encode() + b"\r\n" for word in EHLO[:-1])
+                + b"250 "
+                + EHLO[-1].encode()
+                + b"\r\n"
+            )
+            if not await self._say(
+                verb, answer if verb == "EHLO" else REPLIES.get(verb, b"500 what\r\n"), writer, reader
+            ):
                 return
             if verb == "DATA" and not await self._content(reader, writer):
                 return
@@ -87,25 +101,6 @@ class Faulty:
                         writer.write(b"250-and more\r\n" * 100)
                         await writer.drain()
         return False
-
-
-class Client:
-    """A plain client; `say` gives the reply."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-
-    async def reply(self) -> str:
-        """One reply, its last line."""
-        while True:
-            line = await self.reader.readline()
-            if line[3:4] != b"-":
-                return line.decode()
-
-    async def say(self, line: str) -> str:
-        """Send a line, read the reply."""
-        self.writer.write(line.encode() + b"\r\n")
-        return await self.reply()
 
 
 async def converse(client: Client) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import trustme
 
 from gateway.observe import logs
+from tests.peers.dovecot import Dovecot
 from tests.peers.postfix import Postfix
 from tests.peers.process import scratch
 
@@ -95,3 +96,18 @@ def tls(authority: Authority) -> dict[str, object]:
     """A pipeline's `tls` for a gateway that is called gateway.test and localhost."""
     chain, key = authority.issue("gateway.test", "localhost", "127.0.0.1")
     return {"certificates": [{"chain": str(chain), "key": str(key)}]}
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> dict[str, object]:
+    """`auth_file` with the user joe@example.org and the password secret."""
+    path = tmp_path / "users"
+    path.write_text("joe@example.org:{PLAIN}secret\n")
+    return {"auth_file": {"file": str(path)}}
+
+
+@pytest.fixture
+def dovecot() -> Iterator[Dovecot]:
+    """Knows the same user."""
+    with scratch() as folder, Dovecot(folder, {"joe@example.org": "secret"}) as dovecot:
+        yield dovecot

@@ -89,7 +89,13 @@ class MailClient:
 
 @asynccontextmanager
 async def connected(
-    port: int, *, source: str = STRANGER, mode: Mode = "plain", ca: Path | None = None, name: str = "", first: bytes = b""
+    port: int,
+    *,
+    source: str = STRANGER,
+    mode: Mode = "plain",
+    ca: Path | None = None,
+    name: str = "",
+    first: bytes = b"",
 ) -> AsyncIterator[MailClient]:
     """A client that has read the greeting and said EHLO; `first` goes out before (a PROXY header).
 

@@ -8,18 +8,23 @@ import pytest
 
 from gateway.config.load import load
 from gateway.config.problems import ConfigError, Problem
+from gateway.pipeline.compile import compile_pipeline
+from gateway.pipeline.registry import Registry
 
 CASES = Path(__file__).parents[2] / "bad_configs"
 SECRET = "s3cret-value"
 
 
 def check_file(path: Path) -> list[Problem]:
-    """What is wrong with the file."""
+    """What is wrong with the file; as for `gateway check`, stages are looked at where the rest is right."""
+    problems: list[Problem] = []
     try:
-        load([path], {"AUTH_KEY": SECRET})
+        loaded = load([path], {"AUTH_KEY": SECRET})
+        for pipeline, document in loaded.pipelines:
+            compile_pipeline(pipeline, document, Registry())
     except ConfigError as error:
-        return list(error.problems)
-    return []
+        problems += error.problems
+    return problems
 
 
 @pytest.mark.parametrize("case", sorted(CASES.iterdir()), ids=lambda case: case.name)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import structlog
+from pydantic import ValidationError
 
 from gateway import Authenticated, Cause, Certificate, Digest, Listener, Password, Refuse, Session, passwords
 from gateway.passwords import StoredPassword, hash_password
