@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds, no report")
     quick = parser.parse_args().quick
     rounds, sessions, bulk, idle = (2, 300, 2, 500) if quick else (5, 2000, 8, IDLE)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 30000), hard))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -139,7 +139,8 @@ stages: [{{splice: {{handoff: never}}}}]
             job("TLS session, one 1 kB message, opaque", 1.4, "ms a session", 1e3 / (sessions // 4),
                 [(nginx[0], lambda: clients.tls_messages(nginx[2], sessions // 4, 1000)),
                  (opaque[0], lambda: clients.tls_messages(opaque[2], sessions // 4, 1000))], rounds),
-            job("session in envelope grade, no `auth_http`, `reuse: on` (nginx with its auth request)", 1.0, "ms a session", session,
+            job("session in envelope grade, no `auth_http`, `reuse: on` (nginx with its auth request)", 1.0,
+                "ms a session", session,
                 [(nginx[0], lambda: clients.source(nginx[1], sessions, 1000, 10)),
                  (envelope[0], lambda: clients.source(envelope[1], sessions, 1000, 10))], rounds),
         ]  # fmt: skip
@@ -178,13 +179,16 @@ def _report(table: list[Measured], latency: tuple[float, float], memory: list[tu
         f"- Machine: {cpu}, {platform.machine()}, Linux {platform.release().split('-')[0]}; 2 cores, shared and noisy: "
         "the ratios count, not the figures.",
         f"- Versions: {_version('nginx', '-v')}; Python {platform.python_version()} on uvloop; one worker each.",
-        f"- Method: smtp-source and smtp-sink at the ends (a small TLS client of our own where TLS is asked), {sessions} "
+        "- Method: smtp-source and smtp-sink at the ends (a small TLS client of our own where TLS is asked), "
+        f"{sessions} "
         f"sessions or {bulk} messages of 25 MB a round, medians of {rounds} rounds after a warm-up, nginx and gateway "
         "interleaved. CPU is what the kernel charged the processes (user and system). The auth server is an nginx of "
         "its own, on nobody's account. All safeguards are on.",
         "", "| job | unit | nginx | gateway (range) | ratio asked | ratio |", "|---|---|---|---|---|---|", *rows, "",
-        "| idle clients | KiB each |", "|---|---|", *[f"| {name}, {idle} of them | {kib:.1f} |" for name, kib in memory], "",
-        f"A pipelined MAIL and RCPT are answered after {latency[1]:.1f} ms (median), by nginx after {latency[0]:.1f} ms.", "",
+        "| idle clients | KiB each |", "|---|---|",
+        *[f"| {name}, {idle} of them | {kib:.1f} |" for name, kib in memory], "",
+        f"A pipelined MAIL and RCPT are answered after {latency[1]:.1f} ms (median), "
+        f"by nginx after {latency[0]:.1f} ms.", "",
         notes,
     ])  # fmt: skip
 

@@ -135,7 +135,8 @@ http {{
     client_body_temp_path {folder}/auth/1; proxy_temp_path {folder}/auth/2; fastcgi_temp_path {folder}/auth/3;
     uwsgi_temp_path {folder}/auth/4; scgi_temp_path {folder}/auth/5;
     server {{ listen 127.0.0.1:{port};
-        location / {{ add_header Auth-Status OK; add_header Auth-Server 127.0.0.1; add_header Auth-Port {backend}; return 204; }} }}
+        location / {{ add_header Auth-Status OK; add_header Auth-Server 127.0.0.1;
+                      add_header Auth-Port {backend}; return 204; }} }}
 }}
 """)
     auth = Process(["nginx", "-e", f"{folder}/auth-error.log", "-c", str(config)], folder / "auth.log")

@@ -39,8 +39,6 @@ class Limits(BaseModel):
     bdat_chunks: Count = Field(
         10_000, description="BDAT chunks of a message: many tiny chunks cost more than they carry."
     )
-    ehlo_lines: Count = Field(100, description="Lines of an upstream's reply that are read.")
-    received: Count = Field(50, description="Received fields of a message before it counts as a loop (hopcount_limit).")
 
     command_timeout: Duration = Field(300.0, description="Wait for a command (RFC 5321 4.5.3.2.7).")
     write_timeout: Duration = Field(300.0, description="Wait for a client to read what was written.")

@@ -127,12 +127,14 @@ class Stage:
     never_pass: ClassVar[bool] = False  # on_error: pass is a load error
     limits_recipients: ClassVar[bool] = False  # counts for the relay guard
     identifies_client: bool = False  # hands the client's identity upstream: counts for the relay guard
+    own_credentials: bool = False  # logs in upstream as the gateway: to the relay guard, no xclient makes up for that
+    names_servers: bool = False  # may choose servers that no pool names
     refuse_now: ClassVar[bool] = False  # its early refusals are not postponed to RCPT
-    timeout: ClassVar[float] = 5.0
-    message_timeout: ClassVar[float] = 5.0
+    timeout: float = 5.0  # of one call, in seconds; the setting `timeout` replaces it
 
     id: str
     mode: Literal["off", "observe", "enforce"] | int = "enforce"
+    on_error: Literal["tempfail", "reject", "disconnect", "pass"] = "tempfail"
 
     def __init__(self, settings: StageSettings) -> None:
         self.settings = settings

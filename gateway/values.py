@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import (
     BeforeValidator,
@@ -71,8 +71,18 @@ def _refused(value: object, kind: str, example: str, suggestion: str | None = No
     return NotA(kind, example, f"{shown(value)} is not {kind}", suggestion)
 
 
-def json_schema(pattern: str, description: str, number: str | None = None) -> dict[str, object]:
-    """What editors are told of a type: the pattern of its texts, and "integer" or "number" if it may be one."""
+KIND: Final = "x-kind"
+"""The key of a JSON schema under which a value type says what documentation calls it."""
+
+DEFAULT: Final = "x-default"
+"""The key under which a setting says what documentation shows as its default."""
+
+
+def json_schema(pattern: str, description: str, number: str | None = None, *, kind: str = "") -> dict[str, object]:
+    """What editors are told of a type: the pattern of its texts, and "integer" or "number" if it may be one.
+
+    `kind` is what documentation calls it; without it, what the description begins with ("A duration: ...").
+    """
     # what ${...} will stand for is not known to an editor
     options: list[dict[str, object]] = [
         {"type": "string", "pattern": f"^(?:{pattern})$"},
@@ -80,7 +90,8 @@ def json_schema(pattern: str, description: str, number: str | None = None) -> di
     ]
     if number is not None:
         options.append({"type": number, "minimum": 0})
-    return {"anyOf": options, "description": description}
+    kind = kind or description.partition(":")[0].removeprefix("A ")
+    return {"anyOf": options, "description": description, KIND: kind}
 
 
 def plain_schema(parse: Callable[[object], object]) -> CoreSchema:
@@ -284,7 +295,9 @@ def parse_file(value: object, info: ValidationInfo) -> Path:
     return path
 
 
-_PATH_SCHEMA = WithJsonSchema({"type": "string", "description": "A path, relative to this file's folder."})
+_PATH_SCHEMA = WithJsonSchema(
+    {"type": "string", "description": "A path, relative to this file's folder.", KIND: "path"}
+)
 PathValue = Annotated[Path, PlainValidator(parse_path), PlainSerializer(str, when_used="json"), _PATH_SCHEMA]
 ExistingFile = Annotated[Path, PlainValidator(parse_file), PlainSerializer(str, when_used="json"), _PATH_SCHEMA]
 
@@ -312,13 +325,17 @@ Condition = Annotated[
     Expression,
     PlainValidator(_condition),
     _EXPRESSION_AS_TEXT,
-    WithJsonSchema({"type": ["string", "boolean"], "description": "A CEL expression that is true or false."}),
+    WithJsonSchema(
+        {"type": ["string", "boolean"], "description": "A CEL expression that is true or false.", KIND: "condition"}
+    ),
 ]
 TextExpression = Annotated[
     Expression,
     PlainValidator(_text_expression),
     _EXPRESSION_AS_TEXT,
-    WithJsonSchema({"type": "string", "description": "A CEL expression that gives a text, such as auth.user."}),
+    WithJsonSchema(
+        {"type": "string", "description": "A CEL expression that gives a text, such as auth.user.", KIND: "expression"}
+    ),
 ]
 
 
@@ -341,7 +358,7 @@ class Secret(str):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"type": "string", "description": "A secret: write ${NAME} or ${file:path}."}
+        return {"type": "string", "description": "A secret: write ${NAME} or ${file:path}.", KIND: "secret"}
 
 
 def _secret(value: object) -> Secret:
@@ -361,7 +378,7 @@ def _identifier(value: object) -> str:
 
 
 Identifier = Annotated[
-    str, PlainValidator(_identifier), WithJsonSchema({"type": "string", "pattern": f"^{_IDENTIFIER}$"})
+    str, PlainValidator(_identifier), WithJsonSchema({"type": "string", "pattern": f"^{_IDENTIFIER}$", KIND: "name"})
 ]
 
 
@@ -374,5 +391,5 @@ def _pool(value: object) -> PoolName:
 PoolReference = Annotated[
     PoolName,
     PlainValidator(_pool),
-    WithJsonSchema({"type": "string", "description": "A pool: a name below `upstreams`."}),
+    WithJsonSchema({"type": "string", "description": "A pool: a name below `upstreams`.", KIND: "pool"}),
 ]

@@ -165,6 +165,7 @@ class AuthHttp(Stage):
     kind = Kind.GUARD
     decides_identity = True
     never_pass = True
+    names_servers = True
     timeout = 15.0 + WAIT_SECONDS
     settings: AuthHttpSettings
     _clock: Callable[[], float]

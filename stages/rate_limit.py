@@ -65,7 +65,7 @@ MAX_KEY = 128  # longer ones are hashed: a client may send names of any length
 
 _ROUNDING = 1e-9  # estimates are sums of shares
 _LATER_THAN_AUTH = re.compile(r"\b(auth|mail|rcpt)\.")
-_RATE = {"type": "string", "description": "A rate: 100/hour, 30/minute, 5/10s."}
+_RATE = {"type": "string", "description": "A rate: 100/hour, 30/minute, 5/10s.", "x-kind": "rate"}
 
 _Refusal = Callable[[str], Refuse]
 _Answer = Refuse | Awaitable[Refuse | None] | None

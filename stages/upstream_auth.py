@@ -79,6 +79,7 @@ class UpstreamAuth(Stage):
     def __init__(self, settings: UpstreamAuthSettings) -> None:
         super().__init__(settings)
         self.login_decides = settings.credentials == "client"
+        self.own_credentials = not self.login_decides
         self._verifies = settings.verify == "upstream"
         self.required = self._verifies and settings.required
 

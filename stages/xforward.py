@@ -1,4 +1,4 @@
-"""Tell the upstream with XFORWARD who sent each message: for its logs and Received field, not for its decisions.
+"""Tell the upstream with XFORWARD who sent each message: for its logs, not for its decisions or trace fields.
 
 Asked before each MAIL, with which it travels in one write, so it costs no round trip and suits pools that reuse
 connections. Only attributes that the upstream's EHLO lists are sent: NAME ADDR PORT PROTO HELO IDENT SOURCE.

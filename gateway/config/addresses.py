@@ -15,7 +15,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator,
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from gateway.values import NotA, json_schema, plain_schema, shown
+from gateway.values import KIND, NotA, json_schema, plain_schema, shown
 
 SCHEMES = ("smtp", "smtps")
 LATER_SCHEMES = (
@@ -86,7 +86,8 @@ class ListenUrl:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return json_schema(_PATTERN, "Where to listen: smtp://127.0.0.1:25, smtps://[::1]:465, smtp+unix:/path.")
+        where = "Where to listen: smtp://127.0.0.1:25, smtps://[::1]:465, smtp+unix:/path."
+        return json_schema(_PATTERN, where, kind="URL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,5 +275,5 @@ def _is_address(text: str) -> bool:
 Hostname = Annotated[
     str,
     PlainValidator(parse_hostname),
-    WithJsonSchema({"type": "string", "description": "A host name: mail.example.org, [192.0.2.1]."}),
+    WithJsonSchema({"type": "string", "description": "A host name: mail.example.org, [192.0.2.1].", KIND: "host name"}),
 ]

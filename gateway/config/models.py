@@ -33,6 +33,8 @@ from gateway.config.addresses import Hostname, ListenUrl, Resolver, ServerUrl
 from gateway.config.problems import Loc
 from gateway.limits import Limits
 from gateway.values import (
+    DEFAULT,
+    KIND,
     CidrList,
     Condition,
     Duration,
@@ -86,8 +88,12 @@ class Tls(_Model):
 
     certificates: tuple[Certificate, ...] = Field((), description="Chosen by SNI; the first is the default.")
     client_ca: ExistingFile | None = Field(None, description="CAs that client certificates are verified with.")
-    verify_client: Literal["off", "optional", "required"] = "off"
-    minimum_version: Annotated[Literal["TLSv1.2", "TLSv1.3"], BeforeValidator(_tls_version)] = "TLSv1.2"
+    verify_client: Literal["off", "optional", "required"] = Field(
+        "off", description="Ask clients for a certificate; required: none, or a wrong one, is 421 4.7.0."
+    )
+    minimum_version: Annotated[Literal["TLSv1.2", "TLSv1.3"], BeforeValidator(_tls_version)] = Field(
+        "TLSv1.2", description="Older ones are not spoken."
+    )
     ciphers: str | None = Field(None, min_length=1, description="OpenSSL cipher list for TLS 1.2.")
 
     @model_validator(mode="after")
@@ -107,11 +113,11 @@ def _as_url(value: object) -> object:
 class Listener(_Model):
     """An address to listen on. Its `tls` replaces the pipeline's."""
 
-    url: ListenUrl
+    url: ListenUrl = Field(description="smtp://host:port, smtps:// for implicit TLS, smtp+unix:/path.")
     name: str | None = Field(None, min_length=1, description="For logs and `listener.name`; the URL by default.")
     proxy_protocol: Literal["required", "off"] = Field("off", description="PROXY header before anything else.")
     capabilities: tuple[str, ...] | None = Field(None, description="Announce exactly these, not what is computed.")
-    tls: Tls | None = None
+    tls: Tls | None = Field(None, description="Replaces the pipeline's.")
 
 
 class Trust(_Model):
@@ -128,8 +134,8 @@ class Trust(_Model):
 class Server(_Model):
     """A server of a pool."""
 
-    url: ServerUrl
-    weight: int = Field(1, ge=1, le=1000)
+    url: ServerUrl = Field(description="smtp://host:port, host:port, smtps://, smtp+unix:/path, embedded://folder.")
+    weight: int = Field(1, ge=1, le=1000, description="Its share among the servers of the pool.")
 
 
 class Reuse(_Model):
@@ -142,8 +148,8 @@ class Reuse(_Model):
 class Health(_Model):
     """Active checks: connect, TLS, greeting, EHLO, QUIT."""
 
-    interval: Duration = Field(10.0, gt=0)
-    timeout: Duration = Field(5.0, gt=0)
+    interval: Duration = Field(10.0, gt=0, description="Between two checks of a server.")
+    timeout: Duration = Field(5.0, gt=0, description="Of one check.")
     fall: int = Field(3, ge=1, description="Failures in a row until a server is out.")
     rise: int = Field(2, ge=1, description="Successes in a row until it is back.")
     slow_start: Duration = Field(30.0, description="Time until a server that came back has its full share.")
@@ -171,23 +177,29 @@ def _reuse(value: object) -> object:
 class Pool(_Model):
     """A named group of upstream servers."""
 
-    servers: tuple[Annotated[Server, BeforeValidator(_as_url)], ...] = Field(min_length=1)
-    balance: Annotated[Balance, BeforeValidator(_balance)] = "round_robin"
+    servers: tuple[Annotated[Server, BeforeValidator(_as_url)], ...] = Field(
+        min_length=1, description="The servers: URLs, or `{url, weight}`."
+    )
+    balance: Annotated[Balance, BeforeValidator(_balance)] = Field(
+        "round_robin", description="Which server is next; hash_*: the same one for the same client, user or domain."
+    )
     max_connections: int = Field(80, ge=1, description="Per server, over all workers.")
     queue: int = Field(100, ge=0, description="Sessions that wait for a connection; more are 451 4.4.5.")
-    queue_timeout: Duration = 10.0
-    tls: Literal["off", "opportunistic", "required"] = "opportunistic"
+    queue_timeout: Duration = Field(10.0, description="How long they wait.")
+    tls: Literal["off", "opportunistic", "required"] = Field(
+        "opportunistic", description="required: verified, or no mail; opportunistic: where offered, and never for AUTH."
+    )
     verify: bool = Field(True, description="Where TLS is required: certificate and name.")
     ca_file: ExistingFile | None = Field(None, description="CAs for `verify` instead of the system's.")
     server_name: str | None = Field(None, min_length=1, description="Name for SNI and `verify` instead of the host's.")
     source: str | None = Field(None, description="Local address of the connections.")
     reuse: Annotated[Reuse | None, BeforeValidator(_reuse)] = Field(None, description="off, on, or its limits.")
-    capabilities: PoolCapabilities | None = None
-    connect_timeout: Duration = Field(10.0, gt=0)
+    capabilities: PoolCapabilities | None = Field(None, description="Believed instead of what the servers say.")
+    connect_timeout: Duration = Field(10.0, gt=0, description="Wait for a connection.")
     greeting_timeout: Duration = Field(30.0, gt=0, description="Wait for each of TLS, greeting and EHLO.")
     command_timeout: Duration = Field(300.0, gt=0, description="Wait for a reply (RFC 5321 4.5.3.2).")
     data_done_timeout: Duration = Field(600.0, gt=0, description="Wait for the reply to the end of data.")
-    health: Health = Health()
+    health: Health = Field(Health(), description="Active checks.")
 
     @field_validator("source")
     @classmethod
@@ -206,8 +218,8 @@ class Pool(_Model):
 class Table(_Model):
     """A named list for conditions (`listed`) and stages: inline, or a file with one entry a line."""
 
-    entries: tuple[str, ...] = ()
-    file: ExistingFile | None = None
+    entries: tuple[str, ...] = Field((), description="The entries; `name: [a, b]` is short for it.")
+    file: ExistingFile | None = Field(None, description="One entry a line, `#` for comments; re-read when it changes.")
 
 
 def _table(value: object) -> object:
@@ -221,8 +233,8 @@ def _table(value: object) -> object:
 class Log(_Model):
     """Where and how the gateway logs."""
 
-    format: Literal["json", "text"] = "json"
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people.")
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Records below it are left out.")
     file: PathValue | None = Field(None, description="Standard error by default.")
     debug_clients: CidrList = Field((), description="Clients whose conversation is logged, secrets removed.")
 
@@ -259,12 +271,22 @@ class Reserved(_Model):
         Mode,
         PlainValidator(_mode),
         WithJsonSchema(
-            {"anyOf": [{"enum": ["off", "observe", "enforce"]}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}
+            {
+                "anyOf": [{"enum": ["off", "observe", "enforce"]}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}],
+                KIND: "off | observe | enforce | share",
+                DEFAULT: "enforce",
+            }
         ),
-    ] = Mode()
-    on_error: Literal["tempfail", "reject", "disconnect", "pass"] | None = Field(None, description="Where it fails.")
-    timeout: Duration | None = Field(None, gt=0, description="Of one call's I/O.")
-    refuse_at: Literal["rcpt", "now"] | None = Field(None, description="When early refusals are told.")
+    ] = Field(
+        Mode(), description="Refuse, only log what would be refused, or refuse for that share of the client networks."
+    )
+    on_error: Literal["tempfail", "reject", "disconnect", "pass"] | None = Field(
+        None, description="What its failure means: 451 (the default), 554, 421 and close, or go on without it."
+    )
+    timeout: Duration | None = Field(None, gt=0, description="Of one call's waiting; the type has its own default.")
+    refuse_at: Literal["rcpt", "now"] | None = Field(
+        None, description="When the client is told of a refusal before MAIL: checks wait for RCPT, guards do not."
+    )
 
 
 RESERVED = frozenset(Reserved.model_fields)
@@ -347,20 +369,32 @@ class Pipeline(_Model):
     """One pipeline: listeners, stages, upstreams, and what holds for all of its sessions."""
 
     name: str = Field("", description="For logs and metrics; the file's name by default.")
-    listen: tuple[Annotated[Listener, BeforeValidator(_as_url)], ...] = Field(min_length=1)
-    hostname: Hostname = Field(
-        default_factory=own_hostname, description="Name in greetings, EHLO and trace fields; the machine's by default."
+    listen: tuple[Annotated[Listener, BeforeValidator(_as_url)], ...] = Field(
+        min_length=1, description="Where clients connect: URLs, or mappings."
     )
-    tls: Tls = Tls()
-    trust: Trust = Trust()
-    limits: Limits = Limits()
+    hostname: Hostname = Field(
+        default_factory=own_hostname,
+        description="Name in greetings, EHLO and trace fields; the machine's by default.",
+        json_schema_extra={DEFAULT: "the machine's name"},
+    )
+    tls: Tls = Field(Tls(), description="Certificates and what is asked of clients.")
+    trust: Trust = Field(Trust(), description="Networks that are believed.")
+    limits: Limits = Field(Limits(), description="Limits and clocks of a session.")
     relay: Literal["open"] | None = Field(None, description="open: relaying for anyone is meant.")
     allow_plaintext_auth: bool = Field(False, description="Offer AUTH without TLS.")
-    line_endings: Annotated[Literal["by_trust", "reject", "normalize"], BeforeValidator(_line_endings)] = "by_trust"
-    stages: tuple[Entry, ...] = Field(min_length=1)
-    upstreams: dict[Annotated[str, AfterValidator(_pool_name)], Pool] = Field(default_factory=dict)
-    tables: dict[str, Annotated[Table, BeforeValidator(_table)]] = Field(default_factory=dict)
-    log: Log = Log()
+    line_endings: Annotated[Literal["by_trust", "reject", "normalize"], BeforeValidator(_line_endings)] = Field(
+        "by_trust",
+        description="Lone CR or LF in content: refused (550 5.5.2) or mended; by_trust mends what comes from users who "
+        "logged in and from `trust.clients`.",
+    )
+    stages: tuple[Entry, ...] = Field(min_length=1, description="The chain, in order; the last one is `splice`.")
+    upstreams: dict[Annotated[str, AfterValidator(_pool_name)], Pool] = Field(
+        default_factory=dict, description="Pools of servers by name."
+    )
+    tables: dict[str, Annotated[Table, BeforeValidator(_table)]] = Field(
+        default_factory=dict, description='Lists for conditions: `listed("name", text)`.'
+    )
+    log: Log = Field(Log(), description="Where and how it logs; by default as `process.log` says.")
     soft_bounce: bool = Field(False, description="Every refusal is temporary: for going live.")
     reply_id: bool = Field(True, description="Refusals show the session's id.")
     resolvers: tuple[Resolver, ...] = Field((), description="Name servers; those of the system by default.")
@@ -411,8 +445,10 @@ Unavailable = Annotated[SkipJsonSchema[None], PlainValidator(_unavailable)]
 class Process(_Model):
     """What holds for the whole process, whatever pipelines it runs: at most one `process:` of all files."""
 
-    workers: Annotated[Literal[1], BeforeValidator(_workers)] = 1
-    store: Annotated[Literal["memory"], BeforeValidator(_store)] = "memory"
+    workers: Annotated[Literal[1], BeforeValidator(_workers)] = Field(1, description="Processes; one in this version.")
+    store: Annotated[Literal["memory"], BeforeValidator(_store)] = Field(
+        "memory", description="Where limits are counted: this process's memory."
+    )
     log: Log = Field(Log(), description="For pipelines that have no `log` of their own.")
     drain: Duration = Field(30.0, description="How long sessions may go on after a stop was asked for.")
     state_directory: PathValue | None = Field(
@@ -422,4 +458,3 @@ class Process(_Model):
     group: Unavailable = None
     admin: Unavailable = None
     metrics: Unavailable = None
-

@@ -164,9 +164,13 @@ async def bdat(conversation: SmtpConversation, command: Command) -> bool:
     state.chunks += 1
     if state.failed is None and state.relay is None:
         before = len(conversation.out)
-        reply = None if "CHUNKING" not in conversation.offer else await _begin_content(conversation)
+        reply = None
+        if "CHUNKING" in conversation.offer:
+            reply = await _begin_content(conversation)
+        else:
+            conversation.error("503 5.5.1 CHUNKING not offered")
         if reply is None:
-            said = b"".join(conversation.out[before:]) or b"503 5.5.1 CHUNKING not offered\r\n"
+            said = b"".join(conversation.out[before:])
             del conversation.out[before:]
             state.failed = Reply.of(said.decode("ascii", "replace").replace("\r\n", "\n").rstrip("\n"))
         else:

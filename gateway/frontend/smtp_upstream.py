@@ -17,7 +17,7 @@ from gateway.relay.envelope import adapted
 from gateway.relay.splice import splice
 from gateway.session import Recipient
 from gateway.upstream.pool import Pool
-from gateway.upstream.prelude import give_back, open_upstream
+from gateway.upstream.prelude import give_back, open_upstream, stage_failed
 from gateway.upstream.smtp import Connection, UpstreamError
 from gateway.verdicts import Cause, Refuse, Upstream
 
@@ -128,8 +128,12 @@ async def _say_mail(
     parameters = adapted(transaction.parameters, connection.extensions, trusted=session.trusted)
     if isinstance(parameters, Refuse):
         return parameters
-    for _, hook in conversation.chain.upstream_mail:
-        hook(session, connection)
+    for stage, hook in conversation.chain.upstream_mail:
+        try:
+            hook(session, connection)
+        except Exception as error:
+            part(conversation)  # what other stages wanted to say with this MAIL goes with none
+            return stage_failed(stage, "upstream_mail", session, error)
     rcpt = None
     if recipient is not None and connection.pipelining:
         its_parameters = adapted(recipient.parameters, connection.extensions, trusted=session.trusted)
@@ -269,9 +273,6 @@ async def say_data(conversation: SmtpConversation) -> Reply | Refuse:
             return await _data_alone(connection)
         except UpstreamError as caught:
             error = caught
-    if error.kind == "garbage":  # no word to trust, no server to blame another one for
-        drop(conversation, error)
-        return Refuse(Cause.UPSTREAM_LOST, log=str(error))
     if not await replay(conversation, error):
         return conversation.mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
     assert conversation.connection is not None

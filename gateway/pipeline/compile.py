@@ -174,6 +174,8 @@ class _Compiler:
             mode = entry.reserved.mode
             partial = mode.kind == "enforce" and mode.percent < 100
             stage.mode = int(mode.percent) if partial else mode.kind
+            stage.timeout = entry.reserved.timeout or stage.timeout
+            stage.on_error = entry.reserved.on_error or "tempfail"
             self.entries.append((entry, stage))
 
     def _bind_expressions(self) -> None:
@@ -283,7 +285,7 @@ class _Compiler:
                 self.problem(
                     (*entry.loc, "mode"), f"{entry.name} cannot be observed or enforced in part", "write off or enforce"
                 )
-            if reserved.on_error == "pass" and (stage.never_pass or stage.kind is Kind.GUARD):
+            if reserved.on_error == "pass" and (stage.never_pass or stage.kind is Kind.GUARD or _at_upstream(stage)):
                 self.problem(
                     (*entry.loc, "on_error"),
                     f"{entry.name} guards and cannot fail open",
@@ -315,10 +317,7 @@ class _Compiler:
             if when is None or stage.terminal:
                 continue
             phases = [phase for phase in _needed(stage) if phase >= when.phase]
-            upstream = any(
-                hasattr(stage, hook)
-                for hook in ("upstream_connect", "upstream_ready", "upstream_login", "upstream_mail")
-            )
+            upstream = _at_upstream(stage)
             if not phases and not upstream:
                 self.problem(
                     (*entry.loc, "when"),
@@ -374,15 +373,22 @@ class _Compiler:
         stages = [stage for _, stage in self.entries if stage.mode == "enforce" and stage not in self.when]
         if self.pipeline.relay == "open" or any(_required(stage) for stage in stages):
             return
-        if any(stage.limits_recipients or stage.identifies_client for stage in stages):
+        if any(stage.limits_recipients for stage in stages):
             return
-        if all(server.url.embedded for pool in self.pipeline.upstreams.values() for server in pool.servers):
+        active = [stage for _, stage in self.entries if stage.mode != "off"]
+        lends = any(stage.own_credentials for stage in active)
+        if not lends and any(stage.identifies_client for stage in stages):
+            return
+        servers = [server for pool in self.pipeline.upstreams.values() for server in pool.servers]
+        if all(server.url.embedded for server in servers) and not any(stage.names_servers for stage in active):
             return  # an embedded server delivers to its own Maildir only
+        with_what = "login" if lends else "address"
         self.problem(
             ("stages",),
-            "mail without login reaches the upstream with the gateway's own address, "
+            f"mail without login reaches the upstream with the gateway's own {with_what}, "
             "which the upstream may trust: an open relay",
-            "add xclient, proxy_header, recipient_domains or a required login, or write relay: open",
+            f"add {'' if lends else 'xclient, proxy_header, '}recipient_domains or a required login, "
+            "or write relay: open",
             key=True,
         )
 
@@ -422,8 +428,8 @@ class _Compiler:
             stage.kind is Kind.CHECK,
             enforce,
             when,
-            reserved.timeout or stage.timeout,
-            reserved.on_error or "tempfail",
+            stage.timeout,
+            stage.on_error,
             postpone,
         )
 
@@ -600,6 +606,10 @@ _HOOKS = (
 
 def hook_names(stage: Stage | type[Stage]) -> list[str]:
     return [name for name in _HOOKS if hasattr(stage, name)]
+
+
+def _at_upstream(stage: Stage) -> bool:
+    return any(name.startswith("upstream_") for name in hook_names(stage))
 
 
 def _implemented(stage: Stage) -> list[Phase]:

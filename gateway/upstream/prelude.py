@@ -187,7 +187,7 @@ def _ask_connect(hooks: Hooks, session: Session, connection: Connection) -> None
         try:
             verdict = hook(session, connection)
         except Exception as error:
-            raise _Refused(_stage_failed(stage, "upstream_connect", session, error)) from error
+            raise _Refused(stage_failed(stage, "upstream_connect", session, error)) from error
         if isinstance(verdict, Refuse):
             raise _Refused(verdict)
 
@@ -203,16 +203,19 @@ async def _ask(hooks: Hooks, phase: str, session: Session, connection: Connectio
         except UpstreamError:
             raise
         except Exception as error:
-            return _stage_failed(stage, phase, session, error)
+            return stage_failed(stage, phase, session, error)
         if isinstance(verdict, Refuse):
             return verdict
     return None
 
 
-def _stage_failed(stage: Stage, phase: str, session: Session, error: Exception) -> Refuse:
+def stage_failed(stage: Stage, phase: str, session: Session, error: Exception) -> Refuse:
+    """What `on_error` makes of a stage that failed at the upstream; it never passes there."""
     why = "time-out" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
-    log.warning("stage_failure", session=session.id, stage=stage.id, phase=phase, error=why, action="tempfail")
-    return Refuse(Cause.STAGE_FAILED, temporary=True, log=f"{stage.id} in {phase}: {why}")
+    action = stage.on_error
+    log.warning("stage_failure", session=session.id, stage=stage.id, phase=phase, error=why, action=action)
+    text = f"{stage.id} in {phase}: {why}"
+    return Refuse(Cause.STAGE_FAILED, temporary=action != "reject", disconnect=action == "disconnect", log=text)
 
 
 # --- reuse

@@ -8,6 +8,7 @@ server that speaks when nothing is owed is not believed again. A connection ends
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -300,8 +301,9 @@ class Connection:
             for before, expect in ahead:
                 self._answered(before, expect, await self.reply())
             reply = await self.reply()
-            if rcpt is not None and reply.code // 100 != 2:
-                await self.reply()  # some refusal for want of a sender
+            if rcpt is not None and reply.code // 100 != 2 and not self.closing:
+                with contextlib.suppress(UpstreamError):  # MAIL's refusal counts, also of a server that leaves then
+                    await self.reply()
         else:
             for before, expect in ahead:
                 self._answered(before, expect, await self.command(before))

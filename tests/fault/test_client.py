@@ -56,7 +56,11 @@ class Verify(Stage):
 
 @asynccontextmanager
 async def serving(
-    upstream: Upstream, tls: dict[str, object] | None = None, stages: Sequence[object] = ENVELOPE, **more: object
+    upstream: Upstream,
+    tls: dict[str, object] | None = None,
+    stages: Sequence[object] = ENVELOPE,
+    limits: dict[str, object] | None = None,
+    **more: object,
 ) -> AsyncIterator[Gateway]:
     """A gateway in front of this upstream; with `tls` its second listener is smtps."""
     pipeline: dict[str, object] = {
@@ -65,11 +69,34 @@ async def serving(
         "stages": list(stages),
         "upstreams": upstream.pool(),
         **more,
+        "limits": {"linger": "100ms", **(limits or {})},
     }
     if tls is not None:
-        pipeline |= {"tls": tls, "listen": [f"{scheme}://127.0.0.1:{free_port()}" for scheme in ("smtp", "smtps")]}
+        ports: set[int] = set()
+        while len(ports) < 2:
+            ports.add(free_port())
+        first, second = ports
+        pipeline |= {"tls": tls, "listen": [f"smtp://127.0.0.1:{first}", f"smtps://127.0.0.1:{second}"]}
     async with running(pipeline, stages={"verify": Verify}) as gateway:
         yield gateway
+
+
+@asynccontextmanager
+async def meeting(
+    upstream: Upstream,
+    tls: dict[str, object] | None = None,
+    *,
+    listener: int = 0,
+    limits: dict[str, object] | None = None,
+) -> AsyncIterator[tuple[Gateway, Client]]:
+    """A gateway and one client of it; when they part everything must be as it was."""
+    async with (
+        asyncio.timeout(20),
+        serving(upstream, tls, limits=limits) as gateway,
+        unchanged(gateway),
+        connected(gateway, port=gateway.ports[listener]) as client,
+    ):
+        yield gateway, client
 
 
 # -- leaving, at every point ----------------------------------------------------------------------------------
@@ -243,7 +270,7 @@ async def test_a_message_is_completed_for_a_client_that_left_after_its_end(
 ) -> None:
     """Promise 2."""
     content = b"Subject: x\r\n\r\nhello\r\n"
-    async with (Upstream("end") as upstream, serving(upstream) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(10)):
+    async with Upstream("end") as upstream, meeting(upstream) as (gateway, client):
         await client.envelope(*(["DATA"] if end == "DATA" else []))
         client.send(content + b".\r\n" if end == "DATA" else b"BDAT %d LAST\r\n" % len(content) + content)
         await upstream.reached.wait()
@@ -290,7 +317,7 @@ async def test_garbage_is_an_error_and_nothing_else(
     state: str, garbage: str, tls: dict[str, object], records: Records
 ) -> None:
     lines, listener = STATES[state]
-    async with (Upstream() as upstream, serving(upstream, tls) as gateway, unchanged(gateway), connected(gateway, port=gateway.ports[listener]) as client, asyncio.timeout(10)):
+    async with Upstream() as upstream, meeting(upstream, tls, listener=listener) as (gateway, client):
         for line in ("", *lines) if lines is not None else ():
             assert (await client.say(line) if line else await client.reply())[0] in "23"
         client.send(GARBAGE[garbage])
@@ -306,7 +333,7 @@ async def test_garbage_is_an_error_and_nothing_else(
 @pytest.mark.parametrize("garbage", GARBAGE)
 async def test_garbage_as_content_is_content_or_refused_at_its_end(garbage: str, records: Records) -> None:
     """Promise 5: none of it is read as a command; what a stranger may not send never gets its end."""
-    async with (Upstream() as upstream, serving(upstream) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(10)):
+    async with Upstream() as upstream, meeting(upstream) as (gateway, client):
         await client.envelope("DATA")
         client.send(GARBAGE[garbage] + b"\r\n.\r\n")
         answer = await client.reply()
@@ -345,7 +372,7 @@ async def flood(client: Client, gateway: Gateway, block: bytes, count: int) -> i
 
 @pytest.mark.parametrize("lines", [(), ("EHLO client.test",), ("EHLO client.test", "AUTH LOGIN")])
 async def test_a_line_that_never_ends_is_not_kept(lines: tuple[str, ...]) -> None:
-    async with (Upstream() as upstream, serving(upstream) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(20), bounded(4 * HIGH)):
+    async with Upstream() as upstream, meeting(upstream) as (gateway, client), bounded(4 * HIGH):
         await client.reply()
         for line in lines:
             await client.say(line)
@@ -356,7 +383,11 @@ async def test_a_line_that_never_ends_is_not_kept(lines: tuple[str, ...]) -> Non
 
 
 async def test_a_header_that_never_ends_is_refused_at_its_end() -> None:
-    async with ((Upstream(keep=False) as upstream, serving(upstream, limits={"message_size": "5MiB"}) as gateway, unchanged(gateway)), connected(gateway) as client, asyncio.timeout(20), bounded(6 * HIGH)):
+    async with (
+        Upstream(keep=False) as upstream,
+        meeting(upstream, limits={"message_size": "5MiB"}) as (gateway, client),
+        bounded(6 * HIGH),
+    ):
         await client.envelope("DATA")
         assert await flood(client, gateway, b"X-Header: " + b"x" * 988 + b"\r\n", 16_000) < HIGH
         client.send(b".\r\n")
@@ -366,7 +397,7 @@ async def test_a_header_that_never_ends_is_refused_at_its_end() -> None:
 
 
 async def test_many_commands_in_one_write_are_all_answered() -> None:
-    async with (Upstream() as upstream, serving(upstream, limits={"junk_commands": 1000}) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(20)):
+    async with Upstream() as upstream, meeting(upstream, limits={"junk_commands": 1000}) as (_, client):
         await client.hello()
         client.send(b"NOOP\r\n" * 1001 + b"QUIT\r\n")
         answers = (await client.rest()).splitlines()
@@ -375,7 +406,7 @@ async def test_many_commands_in_one_write_are_all_answered() -> None:
 
 
 async def test_many_tiny_chunks_end_the_session() -> None:
-    async with (Upstream() as upstream, serving(upstream, limits={"bdat_chunks": 2000}) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(20)):
+    async with Upstream() as upstream, meeting(upstream, limits={"bdat_chunks": 2000}) as (gateway, client):
         await client.envelope()
         client.send(b"BDAT 1\r\nx" * 3000)
         answers = (await client.rest()).splitlines()
@@ -386,8 +417,8 @@ async def test_many_tiny_chunks_end_the_session() -> None:
 
 
 async def test_refused_recipients_without_end_end_the_session() -> None:
-    limits = {"recipients": 100}
-    async with (Upstream() as upstream, serving(upstream, limits=limits) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(20)):
+    limits: dict[str, object] = {"recipients": 100}
+    async with Upstream() as upstream, meeting(upstream, limits=limits) as (gateway, client):
         await client.hello()
         await client.say(MAIL[0])
         client.send(b"RCPT TO:<b@example.org>\r\n" * 1000)
@@ -399,14 +430,14 @@ async def test_refused_recipients_without_end_end_the_session() -> None:
 
 
 async def test_a_client_that_never_reads_is_left(records: Records) -> None:
-    limits = {"junk_commands": 10_000_000, "write_timeout": "200ms", "linger": "50ms"}
-    async with (Upstream() as upstream, serving(upstream, limits=limits) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(20)):
+    limits: dict[str, object] = {"junk_commands": 10_000_000, "write_timeout": "200ms", "linger": "50ms"}
+    async with Upstream() as upstream, meeting(upstream, limits=limits) as (gateway, client):
         await client.hello()
         (conversation,) = gateway.pipeline.conversations
         client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a transport of both directions
         most = 0
-        while gateway.pipeline.tasks:
+        while not client.writer.is_closing() and gateway.pipeline.tasks:
             if client.writer.transport.get_write_buffer_size() < HIGH:
                 client.send(b"HELP\r\n" * 10_000)
             kept = conversation.wire.buffered + conversation.wire.write_buffered + sum(map(len, conversation.out))
@@ -428,8 +459,8 @@ async def dribble(client: Client, data: bytes) -> None:
 
 @pytest.mark.parametrize("what", ["commands", "one line", "responses"])
 async def test_a_client_that_dribbles_has_the_time_before_login_and_no_more(what: str, records: Records) -> None:
-    limits = {"login_timeout": "300ms", "junk_commands": 10_000_000, "errors": 10_000_000}
-    async with (Upstream() as upstream, serving(upstream, limits=limits) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(20)):
+    limits: dict[str, object] = {"login_timeout": "300ms", "junk_commands": 10_000_000, "errors": 10_000_000}
+    async with Upstream() as upstream, meeting(upstream, limits=limits) as (_, client):
         await client.hello()
         answer = "250"
         while answer[:3] in ("250", "334", "501"):
@@ -452,13 +483,14 @@ async def test_a_client_that_dribbles_has_the_time_before_login_and_no_more(what
 
 
 async def test_a_session_ends_in_time_whatever_it_does(records: Records) -> None:
-    limits = {"session_timeout": "300ms", "junk_commands": 10_000_000}
-    async with (Upstream(keep=False) as upstream, serving(upstream, limits=limits) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(20)):
+    limits: dict[str, object] = {"session_timeout": "300ms", "junk_commands": 10_000_000}
+    async with Upstream(keep=False) as upstream, meeting(upstream, limits=limits) as (_, client):
         await client.envelope("DATA")
-        while gateway.pipeline.tasks:
+        reading = asyncio.create_task(client.rest())
+        while not reading.done():
             client.send(b"x\r\n")
             await asyncio.sleep(0)
-        assert (await client.rest()).startswith(b"421 4.4.2")
+        assert (await reading).startswith(b"421 4.4.2")
     assert upstream.messages == []
     assert records.one("session")["reason"] == "time-out"
 
@@ -478,3 +510,15 @@ async def test_silent_connections_beyond_the_limit_are_turned_away() -> None:
             await gateway.idle()
             async with connected(gateway) as client:
                 await client.hello()
+
+
+@pytest.mark.parametrize("why", ["too many", "stopping"])
+async def test_whoever_expects_tls_gets_no_byte_in_clear(why: str, tls: dict[str, object], records: Records) -> None:
+    """A refusal before an implicit handshake closes."""
+    limits: dict[str, object] = {"sessions": 1}
+    async with Upstream() as upstream, meeting(upstream, tls, limits=limits) as (gateway, client):
+        await client.hello()
+        assert gateway.pipeline.served is not None
+        gateway.pipeline.served.draining = why == "stopping"
+        async with connected(gateway, port=gateway.ports[1]) as other:
+            assert await other.rest() == b""

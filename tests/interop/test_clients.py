@@ -222,6 +222,38 @@ async def test_curl_is_refused(start_postfix: StartPostfix, tls: Tls, authority:
         assert len(await stored(served.postfix, 1)) == 1
 
 
+async def test_curl_shows_a_certificate(
+    start_postfix: StartPostfix, tls: Tls, authority: Authority, tmp_path: Path
+) -> None:
+    """AUTH EXTERNAL: the login is the certificate's address; from another authority's it is not offered."""
+    message = tmp_path / "message"
+    message.write_bytes(b"Subject: curl\r\n\r\nhi\r\n")
+    (tmp_path / "other").mkdir()
+    verified = {**tls, "client_ca": str(authority.ca), "verify_client": "optional"}
+    postfix = start_postfix(main=AUTHORIZED)
+    listen = ["smtp://127.0.0.1:0", "smtps://127.0.0.1:0"]
+    stages = ["auth_certificate", *GRADES["envelope"]]
+    async with running(pipeline(postfix, stages, tls=verified, listen=listen), learn=True) as gateway:
+        served = Submission(gateway, postfix, authority.ca)
+        for implicit in (False, True):
+            for issuer in (authority, Authority(tmp_path / "other")):
+                chain, key = issuer.issue(USER)
+                options = (
+                    "--cert",
+                    str(chain),
+                    "--key",
+                    str(key),
+                    "--user",
+                    f"{USER}:",
+                    "--login-options",
+                    "AUTH=EXTERNAL",
+                )
+                status, said = await curl(served, message, *options, implicit=implicit)
+                assert (status == 0) is (issuer is authority), said
+        assert len(await stored(postfix, 2)) == 2
+    await logged(postfix, f"sasl_method=XCLIENT, sasl_username={USER}")
+
+
 # -- openssl --------------------------------------------------------------------------------------------------
 
 

@@ -34,9 +34,13 @@ MAX_LINKS = 16
 
 
 class DnsServer:
-    """The server; `zone` may be changed while it runs. `asked` holds every question as (name, type, "udp" | "tcp")."""
+    """The server; `zone` may be changed while it runs. `asked` holds every question as (name, type, "udp" | "tcp").
 
-    def __init__(self, zone: Mapping[str, Entry] | None = None) -> None:
+    `listen` is where: port 0 takes any free one.
+    """
+
+    def __init__(self, zone: Mapping[str, Entry] | None = None, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        self._listen = listen
         self.zone: dict[str, Entry] = dict(zone or {})
         self.asked: list[tuple[str, str, str]] = []
         self.ports: list[int] = []
@@ -48,14 +52,16 @@ class DnsServer:
         loop = asyncio.get_running_loop()
         while True:
             udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            udp.bind(("127.0.0.1", 0))
+            udp.bind(self._listen)
             udp.setblocking(False)
-            self.address = ("127.0.0.1", int(udp.getsockname()[1]))
+            self.address = (self._listen[0], int(udp.getsockname()[1]))
             try:
                 self._tcp = await asyncio.start_server(self._stream, *self.address)
                 break
             except OSError:  # that port is taken for TCP: try another
                 udp.close()
+                if self._listen[1]:
+                    raise
         self._udp, _ = await loop.create_datagram_endpoint(lambda: _Datagrams(self), sock=udp)
         return self
 

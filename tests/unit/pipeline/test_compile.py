@@ -191,6 +191,11 @@ def test_certificates_that_do_not_work(tmp_path: Path, tls_files: tuple[Path, Pa
         ([OPTIONAL], True),
         ([{"auth_file": {"file": "users", "mode": "off"}}], True),
         ([{"upstream_auth": {"user": "gateway", "password": "secret"}}], True),
+        (["xclient", {"upstream_auth": {"user": "gateway", "password": "secret"}}], True),
+        (
+            [{"recipient_domains": ["example.org"]}, {"upstream_auth": {"user": "gateway", "password": "secret"}}],
+            False,
+        ),
         ([{"upstream_auth": {"credentials": "client", "verify": "upstream"}}], False),
         ([{"sender_login": {"required": True}}], True),  # refuses, but AUTH is what the guard looks for
     ],
@@ -207,6 +212,19 @@ def test_no_open_relay_by_omission(tmp_path: Path, stages: list[object], open_re
 
 def test_the_embedded_server_relays_nowhere(tmp_path: Path) -> None:
     plan_of(tmp_path, [], relay=None, upstreams={"mta": {"servers": ["embedded://mail"]}})
+
+
+def test_timeout_and_on_error_hold_at_the_upstream_too(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, [{"xclient": {"timeout": "2s", "on_error": "reject"}}])
+    (stage,) = [stage for stage, _ in plan.chain.upstream_ready]
+    assert (stage.timeout, stage.on_error) == (2.0, "reject")
+
+
+@pytest.mark.parametrize("upstreams", [{}, {"mta": {"servers": ["embedded://mail"]}}])
+def test_servers_that_an_auth_server_names_are_not_embedded(tmp_path: Path, upstreams: dict[str, object]) -> None:
+    asks = {"auth_http": {"url": "http://127.0.0.1:1/", "none": True}}
+    (said,) = problems_of(tmp_path, [asks], relay=None, upstreams=upstreams)
+    assert "an open relay" in said
 
 
 @pytest.mark.parametrize("name", ["auth_file", "auth_http", "require_tls", "xclient", "proxy_header", "xforward"])

@@ -136,7 +136,7 @@ class Greedy(Stage):
 class Slow(Stage):
     """Waits for ever; here its own timeout is not forgiven."""
 
-    timeout: ClassVar[float] = 0.001
+    timeout = 0.001
 
     async def connect(self, session: Session) -> None:
         import asyncio

@@ -31,8 +31,8 @@ NewSession = Callable[..., Session]
 class Hooks:
     """A chain of one stage with the given upstream hooks."""
 
-    def __init__(self, timeout: float = 5.0, **hooks: Callable[..., object]) -> None:
-        stage = SimpleNamespace(id="stage", timeout=timeout)
+    def __init__(self, timeout: float = 5.0, on_error: str = "tempfail", **hooks: Callable[..., object]) -> None:
+        stage = SimpleNamespace(id="stage", timeout=timeout, on_error=on_error)
         for name in ("upstream_connect", "upstream_ready", "upstream_login"):
             setattr(self, name, ((stage, hooks[name]),) if name in hooks else ())
 
@@ -288,6 +288,22 @@ async def test_a_stage_that_raises_is_a_temporary_refusal(peers: Peers, opened: 
     assert "ZeroDivisionError" in refuse.log
     await ended()
     assert pool.servers[0].active == 0
+
+
+@pytest.mark.parametrize(
+    ("on_error", "temporary", "disconnect"), [("reject", False, False), ("disconnect", True, True)]
+)
+async def test_a_stage_that_fails_has_the_verdict_its_configuration_says(
+    peers: Peers, opened: Opened, on_error: str, temporary: bool, disconnect: bool
+) -> None:
+    """Promise 4."""
+
+    def fail(session: Session, peer: Connection) -> None:
+        raise ZeroDivisionError("oh")
+
+    refuse = await opened(pool_of(await peers(GOOD)), Hooks(on_error=on_error, upstream_ready=fail))
+    assert isinstance(refuse, Refuse) and (refuse.temporary, refuse.disconnect) == (temporary, disconnect)
+    await ended()
 
 
 async def test_a_stage_that_hangs_is_cut_off(peers: Peers, opened: Opened) -> None:
