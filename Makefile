@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TWO := -n 2 --dist loadfile
 STAMP := $(VENV)/.installed
-PEERS := postfix postfix-pcre swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl libnet-ssleay-perl \
+PEERS := postfix postfix-pcre dovecot-core swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl libnet-ssleay-perl \
          libdigest-hmac-perl fail2ban
 
 .PHONY: run test test-fast check peers bench docs lock clean

@@ -1,7 +1,7 @@
 """Join the client to the chosen upstream server: the last stage of every pipeline.
 
 It is asked in no phase. Its settings say where mail goes that no stage routed, and from when on the gateway
-stops reading the conversation (architecture, "three grades"):
+stops reading the conversation (architecture, "Three grades"):
 
 - `auto` (default): as soon as no stage needs more, if the upstream trusts the gateway with nothing that the
   client would inherit;

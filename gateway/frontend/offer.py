@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.frontend import smtp_xclient
 from gateway.frontend.served import HandOff
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def ehlo_offer(conversation: SmtpConversation) -> dict[str, str]:
         offer["AUTH"] = " ".join(mechanisms)
     if session.listener.tls is not None and session.tls is None:
         offer["STARTTLS"] = ""
-    if session.peer[0] in served.trust_xclient:
+    if smtp_xclient.may_xclient(conversation):
         offer["XCLIENT"] = XCLIENT
     return _narrowed(conversation, offer)
 

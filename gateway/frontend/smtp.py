@@ -378,6 +378,7 @@ class SmtpConversation:
             user=session.typed_user,
             helo=session.helo,
             sender=transaction.sender if transaction is not None else None,
+            recipient=self.mail.asked.original if phase == "rcpt" and self.mail.asked is not None else None,
             detail=refuse.log or None,
         )
         if self.chain.settled:
@@ -474,6 +475,8 @@ class SmtpConversation:
         transaction = self.session.transaction
         if transaction is None:
             return
+        if not self.splicing and (transaction.recipients or transaction.refused or transaction.reply is not None):
+            smtp_data.record(self)
         if self.chain.reset:
             self.chain.tell_reset(self.session, transaction)
         self.session.transaction = None
@@ -510,7 +513,7 @@ class SmtpConversation:
     async def _finish(self) -> None:
         self.wire.on_gone = None
         if self.session.listener.implicit_tls and self.wire.tls is None:
-            self.out.clear()  # the client expects TLS: not a byte in clear (design section 9)
+            self.out.clear()  # the client expects TLS: not a byte in clear
         try:
             if not self.gone and not self.splicing:
                 self.flush()

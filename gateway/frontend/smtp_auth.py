@@ -167,7 +167,7 @@ def forget_login(conversation: SmtpConversation) -> None:
 
 
 async def _failed(conversation: SmtpConversation, credentials: sasl.Credentials, result: Result) -> None:
-    """535 only when a verifier said so; a verifier that could not answer makes it 454 (design section 5)."""
+    """535 only when a verifier said so; a verifier that could not answer makes it 454 (architecture, "Replies")."""
     if result.failed:
         refuse = Refuse(Cause.AUTH_UNAVAILABLE)
     elif result.refuse is not None:

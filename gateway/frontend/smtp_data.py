@@ -63,7 +63,7 @@ async def data(conversation: SmtpConversation, command: Command) -> bool:
 
 
 def _line_policy(conversation: SmtpConversation) -> str:
-    """`reject` or `normalize` for this client (design section 9)."""
+    """`reject` or `normalize` for this client (architecture, "Content and line ends")."""
     configured = conversation.served.line_endings
     if configured != "by_trust":
         return configured
@@ -87,19 +87,18 @@ async def _begin_content(conversation: SmtpConversation) -> Reply | None:
     if chain.data:
         reply = await conversation.asked(await chain.ask(chain.data, session, transaction, transaction), "data")
         if reply is not None:
-            _record(conversation, reply)
+            transaction.reply = reply
             reset(conversation)
             return None
     said = await say_data(conversation)
     if isinstance(said, Refuse):
-        reply = conversation.refuse(said, "data")
-        _record(conversation, reply)
+        reply = transaction.reply = conversation.refuse(said, "data")
         conversation.end_transaction()
         conversation.end_if_told(said, reply)
         return None
     reply = said
     if reply.code != 354:
-        _record(conversation, pass_on(conversation, reply, Phase.DATA))
+        transaction.reply = pass_on(conversation, reply, Phase.DATA)
         reset(conversation)
         return None
     return reply
@@ -146,7 +145,6 @@ async def _finish_content(conversation: SmtpConversation, relay: ContentRelay) -
             relay.abandon()
             conversation.connection = None
     transaction.reply = reply
-    _record(conversation, reply)
     conversation.end_transaction()
 
 
@@ -219,11 +217,11 @@ async def _skip(conversation: SmtpConversation, size: int) -> None:
         size -= len(block)
 
 
-def _record(conversation: SmtpConversation, reply: Reply) -> None:
-    """One record a transaction that we read."""
+def record(conversation: SmtpConversation) -> None:
+    """One record a transaction that we read; without a reply if the client left it."""
     session, transaction = conversation.session, conversation.session.transaction
     assert transaction is not None
-    connection = conversation.connection
+    reply = transaction.reply
     accepted = [f"{r.original} {r.reply.code} {r.reply.text}" for r in transaction.recipients if r.reply is not None]
     refused = [f"{address} {answer.code} {answer.text}" for address, answer in transaction.refused]
     times = {stage: round(seconds * 1000, 3) for stage, seconds in (session.times or {}).items()}
@@ -239,8 +237,8 @@ def _record(conversation: SmtpConversation, reply: Reply) -> None:
         recipients=accepted,
         refused=refused,
         size=transaction.size,
-        upstream=connection.server.url if connection is not None else "",
-        reply=f"{reply.code} {reply.text}",
+        upstream=conversation.mail.server,
+        reply=f"{reply.code} {reply.text}" if reply is not None else "",
         stage_ms=times,
         seconds=round(perf_counter() - conversation.mail.begun, 3),
     )

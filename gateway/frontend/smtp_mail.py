@@ -33,17 +33,18 @@ if TYPE_CHECKING:
 class Mail:
     """What the frontend keeps of a transaction beside the stages' view of it.
 
-    `answered`: MAIL was answered by us before any upstream saw it. `relayed` is the class of the upstream's
-    reply to MAIL. `pending`: recipients sent upstream whose replies are still to come, with their place in the
+    `relayed` is the class of the upstream's reply to MAIL, 0 while no upstream has seen it; `server` its URL.
+    `asked` is the recipient last asked about. `pending`: recipients sent upstream whose replies are still to come, with their place in the
     queue of replies. `sent`: the recipient that went upstream with MAIL. `lost`: what every further command of
     the transaction gets.
     """
 
-    __slots__ = ("accepted", "answered", "begun", "lost", "pending", "refused", "relayed", "sent")
+    __slots__ = ("accepted", "asked", "begun", "lost", "pending", "refused", "relayed", "sent", "server")
 
     def __init__(self) -> None:
-        self.answered = False
         self.relayed = 0
+        self.server = ""
+        self.asked: Recipient | None = None
         self.accepted: list[Recipient] = []
         self.pending: list[tuple[int, Recipient]] = []
         self.sent: Recipient | None = None
@@ -86,7 +87,6 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
             return False
     conversation.login_deadline = 0.0
     if chain.route_rcpt or session.postponed is not None:
-        conversation.mail.answered = True
         conversation.write(SENDER_OK.encode())
         conversation.tell_settled(Phase.MAIL, SENDER_OK)
         return False
@@ -94,7 +94,7 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
     if isinstance(reply, Refuse):
         conversation.end_if_told(reply, conversation.refuse(reply, "mail"))
     else:
-        pass_on(conversation, reply, Phase.MAIL)
+        transaction.reply = pass_on(conversation, reply, Phase.MAIL)
         if conversation.hand_off is HandOff.MAIL and await hand_off_now(conversation):
             return False
     if conversation.mail.relayed != 2:
@@ -145,7 +145,7 @@ async def rcpt(conversation: SmtpConversation, command: Command) -> bool:
         conversation.error("452 4.5.3 too many recipients")
         return False
     parsed = parse_rcpt(command.argument, utf8=transaction.smtputf8)
-    recipient = Recipient(parsed.address, parsed.parameters, len(transaction.recipients))
+    recipient = mail.asked = Recipient(parsed.address, parsed.parameters, len(transaction.recipients))
     refuse = _recipient_refused(conversation, recipient)
     if refuse is not None:
         _refuse_recipient(conversation, recipient, refuse, "")
@@ -256,6 +256,7 @@ async def settle(conversation: SmtpConversation) -> None:
     mail.lost = mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
     for place, recipient in pending[answered:]:
         reply = conversation.reply_to(mail.lost)
+        mail.asked = recipient
         conversation.record_refusal(mail.lost, "rcpt", "", reply)
         recipient.reply = reply
         conversation.session.transaction.refused.append((recipient.original, reply))  # type: ignore[union-attr]

@@ -116,6 +116,7 @@ async def route_and_mail(conversation: SmtpConversation, recipient: Recipient | 
             continue
         if isinstance(reply, Reply):
             conversation.mail.relayed = reply.code // 100
+            conversation.mail.server = connection.server.url
         return reply
 
 
@@ -243,6 +244,7 @@ async def replay(conversation: SmtpConversation, error: UpstreamError) -> bool:
         return False
     connection = conversation.connection
     assert connection is not None
+    mail.server = connection.server.url
     try:
         reply = await _say_mail(conversation, connection)
         if isinstance(reply, Refuse) or reply.code // 100 != 2:

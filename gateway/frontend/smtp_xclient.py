@@ -25,7 +25,7 @@ log = structlog.get_logger("gateway.smtp")
 async def read_proxy_header(conversation: SmtpConversation) -> None:
     """Take the PROXY header off the wire, before TLS and greeting. Raises Closing, silently for the client."""
     wire, session = conversation.wire, conversation.session
-    if session.peer[0] not in conversation.served.trust_proxy:
+    if session.peer[0] not in conversation.served.trust_proxy and session.peer[0] != "unix:":
         log.warning("proxy_header", session=session.id, client=session.peer[0], error="peer is not in trust.proxy")
         raise Closing("PROXY peer not trusted")
     wire.set_deadline(conversation.limits.proxy_timeout)
@@ -50,10 +50,19 @@ async def read_proxy_header(conversation: SmtpConversation) -> None:
         session.local = header.destination
 
 
+def may_xclient(conversation: SmtpConversation) -> bool:
+    """Whether the TCP peer is trusted, and so is the client if the peer only carries its connection (PROXY)."""
+    session, trusted = conversation.session, conversation.served.trust_xclient
+    if session.peer[0] not in trusted:
+        return False
+    header = session.proxy_header
+    return header is None or header.source is None or header.source[0] in trusted
+
+
 async def xclient(conversation: SmtpConversation, command: Command) -> bool:
     """XCLIENT: an accepted one ends the session and starts one at `connect` on the same wire (True)."""
     session = conversation.session
-    if session.peer[0] not in conversation.served.trust_xclient:
+    if not may_xclient(conversation):
         conversation.error("550 5.7.0 insufficient authorization")
         return False
     if session.transaction is not None:
@@ -91,7 +100,7 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
 
 
 async def not_available(conversation: SmtpConversation, command: Command) -> bool:
-    """Verbs of upstreams that a client must never reach through us (design section 6)."""
+    """Verbs of upstreams that a client must never reach through us (architecture, "Three grades")."""
     conversation.write(Reply.of("502 5.5.1 command not available").encode())
     return False
 

@@ -369,7 +369,7 @@ class _Compiler:
                 self.problem(entry.loc, "nobody can use TLS here: there is no certificate", "add tls.certificates")
 
     def _check_relay(self) -> None:
-        """The relay guard: no open relay by omission (design section 5)."""
+        """The relay guard: no open relay by omission (architecture, "Relay guard")."""
         stages = [stage for _, stage in self.entries if stage.mode == "enforce" and stage not in self.when]
         if self.pipeline.relay == "open" or any(_required(stage) for stage in stages):
             return
