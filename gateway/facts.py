@@ -197,7 +197,7 @@ BUILT_IN: tuple[Fact, ...] = (
         False,
         _P.AUTH,
         lambda s: bool(s.user) or s.trusted,
-        "The client is authenticated or vouched for by a trusted XCLIENT peer.",
+        "The client is authenticated, here or by the word of a trusted XCLIENT peer.",
     ),
     _session("auth.failures", "int", 0, _P.AUTH, lambda s: s.auth_failures, "Failed AUTH commands of this session."),
     _session("session.transactions", "int", 0, _P.CONNECT, lambda s: s.transactions, "Transactions so far."),

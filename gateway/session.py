@@ -172,8 +172,8 @@ class Session(_Stateful):
     """One client connection, from accept to close.
 
     `peer` is the TCP peer, `client` who it speaks for (PROXY, XCLIENT). `user` is what the client typed at
-    AUTH, lower-cased; `identity` an override for upstreams (secret). `trusted`: a trusted XCLIENT peer gave
-    the login or address.
+    AUTH, lower-cased; `identity` an override for upstreams (secret). `trusted`: a peer trusted for XCLIENT
+    gave the login.
     """
 
     __slots__ = (

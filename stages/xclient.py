@@ -54,6 +54,7 @@ class Xclient(Stage):
 
     Settings = XclientSettings
     kind = Kind.PLUMBING
+    timeout = 30.0  # two round trips, and the server may look the client's name up in between
     never_pass = True
     identifies_client = True
     decides_identity = True

@@ -12,6 +12,7 @@ from gateway.frontend.served import HandOff
 if TYPE_CHECKING:
     from gateway.frontend.smtp import SmtpConversation
     from gateway.session import Session
+    from gateway.stage import Stage
 
 log = structlog.get_logger("gateway.smtp")
 
@@ -63,10 +64,15 @@ def tls_would_help(conversation: SmtpConversation) -> bool:
 
 def _declared(conversation: SmtpConversation, session: Session) -> list[str]:
     found: dict[str, None] = {}
-    for _, hook in conversation.chain.mechanisms:
-        names = hook(session)
-        if isinstance(names, (list, tuple)):
-            found.update(dict.fromkeys(names))
+    for stage, hook in conversation.chain.mechanisms:
+        try:
+            names = hook(session)
+            if not isinstance(names, (list, tuple)):
+                raise TypeError(f"mechanisms are a list or a tuple, not {type(names).__name__}")
+        except Exception as error:
+            _failed(conversation, stage, "mechanisms", error)
+            continue
+        found.update(dict.fromkeys(names))
     return list(found)
 
 
@@ -98,17 +104,18 @@ def _narrowed(conversation: SmtpConversation, offer: dict[str, str]) -> dict[str
         try:
             hook(conversation.session, offer)
         except Exception as error:
-            log.warning(
-                "stage_failure",
-                session=conversation.session.id,
-                stage=stage.id,
-                phase="capabilities",
-                error=f"{type(error).__name__}: {error}",
-                action="pass",
-            )
+            _failed(conversation, stage, "capabilities", error)
         for keyword in set(offer) - before:
             del offer[keyword]
     return offer
+
+
+def _failed(conversation: SmtpConversation, stage: Stage, phase: str, error: Exception) -> None:
+    """What a stage cannot say is not offered, nor taken away."""
+    text = f"{type(error).__name__}: {error}"
+    log.warning(
+        "stage_failure", session=conversation.session.id, stage=stage.id, phase=phase, error=text, action="pass"
+    )
 
 
 def _number(value: str) -> int:

@@ -50,7 +50,7 @@ class Networks:
 class Served:
     """One pipeline in this worker.
 
-    `pool` is where nothing routed. `line_endings`: by_trust, reject or normalize (architecture, "Content and line ends").
+    `pool` is where nothing routed. `line_endings`: by_trust, reject or normalize (see `smtp_data`).
     `always_hand_off` hands off even to an upstream that offers XCLIENT and the like (`handoff: always`).
     """
 

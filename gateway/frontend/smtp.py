@@ -8,6 +8,7 @@ the end of data in `smtp_mail`. Replies are collected and go out in one write wh
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -391,8 +392,8 @@ class SmtpConversation:
             self.chain.tell_settled(self.session, Outcome(phase.name.lower(), reply.code // 100, None, "", reply))
 
     async def refuse_and_close(self, refuse: Refuse, phase: str, stage: str = "") -> None:
-        """The last reply of the session."""
-        self.refuse(refuse, phase, stage)
+        """The last reply of the session: 421 for what is temporary, for we close (RFC 5321 3.8)."""
+        self.refuse(replace(refuse, disconnect=True), phase, stage)
         raise Closing(refuse.cause.value)
 
     async def hold(self, until: float, early: Refuse | None, *, in_group: bool = False) -> Refuse | None:

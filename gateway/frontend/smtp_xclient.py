@@ -77,8 +77,7 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
     fresh.proxy_header = session.proxy_header
     fresh.client = _client(session.client, attributes)
     fresh.local = _destination(session, attributes)
-    fresh.trusted = True
-    if session.trusted and not conversation.said:
+    if not conversation.said:
         # A long XCLIENT comes in parts (Dovecot): they add up while nothing else is said.
         fresh.helo, fresh.esmtp = session.helo, session.esmtp
         fresh.user, fresh.typed_user, fresh.auth_mechanism = session.user, session.typed_user, session.auth_mechanism
@@ -91,6 +90,7 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
         fresh.typed_user = login.decode("utf-8", "replace")
         fresh.user = fresh.typed_user.lower()
         fresh.auth_mechanism = "XCLIENT"
+    fresh.trusted = bool(fresh.user)  # the peer is trusted; the client only where the peer gave its login
     conversation.reason = "XCLIENT"
     await conversation.end_session()
     conversation.reason = "quit"

@@ -18,7 +18,7 @@ from typing import Literal, assert_never
 import structlog
 
 from gateway import hookspecs
-from gateway.facts import Expression, Phase, Scope
+from gateway.facts import EvaluationError, Expression, Phase, Scope
 from gateway.session import Recipient, Session, Transaction
 from gateway.stage import Outcome, Stage
 from gateway.state.keys import network_key
@@ -125,8 +125,12 @@ class Chain:
         self.settled = _hooks(stages, "settled")
         self.reset = _hooks(stages, "reset")
         self.close = _hooks(stages, "close")
-        self.capabilities = _hooks(stages, "capabilities")
-        self.mechanisms = _hooks(stages, "mechanisms")
+        self.capabilities = _hooks([stage for stage in stages if stage.mode != "observe"], "capabilities")
+        conditions = {step.stage: step.when for step in self.auth if step.when is not None}
+        self.mechanisms = tuple(
+            (stage, _where(conditions[stage], hook) if stage in conditions else hook)
+            for stage, hook in _hooks(stages, "mechanisms")
+        )
         self.upstream_connect = _hooks(stages, "upstream_connect")
         self.upstream_ready = _hooks(stages, "upstream_ready")
         self.upstream_login = _hooks(stages, "upstream_login")
@@ -335,6 +339,19 @@ Hook = Callable[..., object]
 
 def _hooks(stages: Sequence[Stage], name: str) -> tuple[tuple[Stage, Hook], ...]:
     return tuple((stage, bound_hook(stage, name)) for stage in stages if hasattr(stage, name) and stage.mode != "off")
+
+
+def _where(when: Expression, hook: Hook) -> Hook:
+    """`mechanisms` of a stage with a condition: none where it is false; one without a value offers them (454)."""
+
+    def mechanisms(session: Session) -> object:
+        try:
+            holds = when.evaluate(session)
+        except EvaluationError:
+            holds = True
+        return hook(session) if holds else ()
+
+    return mechanisms
 
 
 def bound_hook(stage: Stage, name: str) -> Hook:

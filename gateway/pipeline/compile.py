@@ -291,6 +291,12 @@ class _Compiler:
                     f"{entry.name} guards and cannot fail open",
                     "write tempfail, reject or disconnect",
                 )
+            if stage in self.when and _required(stage):
+                self.problem(
+                    (*entry.loc, "when"),
+                    f"clients for whom this is false could neither log in at {entry.name} nor send without",
+                    "write required: false",
+                )
             if reserved.refuse_at is not None and not any(hasattr(stage, p.name.lower()) for p in POSTPONED):
                 self.problem((*entry.loc, "refuse_at"), f"{entry.name} refuses nothing before RCPT", "remove refuse_at")
             if hasattr(stage, "message"):

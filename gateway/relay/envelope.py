@@ -25,7 +25,7 @@ Parameters = tuple[tuple[str, str | None], ...]
 def adapted(parameters: Parameters, extensions: dict[str, str], *, trusted: bool) -> Parameters | Refuse:
     """The parameters of MAIL or RCPT for this server: what it lacks is refused, never dropped.
 
-    (Architecture, "Capabilities".) SIZE and BODY=7BIT say nothing that a server without the extension would not assume. AUTH= is ours to
+    SIZE and BODY=7BIT say nothing that a server without the extension would not assume. AUTH= is ours to
     vouch for (RFC 4954 5): `<>` unless the client is trusted, nothing for a server without AUTH.
     """
     result: list[tuple[str, str | None]] = []

@@ -234,7 +234,11 @@ class ServedPipeline:
         for stage in self.started:
             stop = getattr(stage, "stop", None)
             if stop is not None:
-                await stop()
+                try:
+                    await stop()
+                except Exception as error:
+                    text = f"{type(error).__name__}: {error}"
+                    log.warning("stage_failure", stage=stage.id, phase="stop", error=text, action="pass")
         if self.served is not None:
             self.served.pools.close_idle()
         await quits_done()
@@ -285,7 +289,7 @@ def _bound(listener: ListenerPlan) -> socket.socket:
     if listener.path:
         if os.path.exists(listener.path) and stat.S_ISSOCK(os.stat(listener.path).st_mode):
             with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(listener.path) != 0:
+                if probe.connect_ex(listener.path) == errno.ECONNREFUSED:
                     os.unlink(listener.path)  # left behind by a process that is gone
         sock = socket.socket(socket.AF_UNIX)
         address: str | tuple[str, int] = listener.path

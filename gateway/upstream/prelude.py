@@ -186,10 +186,11 @@ def _ask_connect(hooks: Hooks, session: Session, connection: Connection) -> None
     for stage, hook in hooks:
         try:
             verdict = hook(session, connection)
+            refuse = _refusal(verdict)
         except Exception as error:
             raise _Refused(stage_failed(stage, "upstream_connect", session, error)) from error
-        if isinstance(verdict, Refuse):
-            raise _Refused(verdict)
+        if refuse is not None:
+            raise _Refused(refuse)
 
 
 async def _ask(hooks: Hooks, phase: str, session: Session, connection: Connection) -> Refuse | None:
@@ -200,13 +201,21 @@ async def _ask(hooks: Hooks, phase: str, session: Session, connection: Connectio
             if isinstance(verdict, Awaitable):
                 async with asyncio.timeout(stage.timeout):
                     verdict = await verdict
+            refuse = _refusal(verdict)
         except UpstreamError:
             raise
         except Exception as error:
             return stage_failed(stage, phase, session, error)
-        if isinstance(verdict, Refuse):
-            return verdict
+        if refuse is not None:
+            return refuse
     return None
+
+
+def _refusal(verdict: object) -> Refuse | None:
+    """The one answer there is at the upstream. Raises TypeError for what is none."""
+    if verdict is None or isinstance(verdict, Refuse):
+        return verdict
+    raise TypeError(f"a server cannot be answered with {type(verdict).__name__}")
 
 
 def stage_failed(stage: Stage, phase: str, session: Session, error: Exception) -> Refuse:

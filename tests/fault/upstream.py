@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from types import TracebackType
 
 EHLO = ["PIPELINING", "SIZE 100000000", "8BITMIME"]
@@ -13,6 +14,7 @@ REPLIES = {
     b"DATA": b"354 go",
     b"QUIT": b"221 Bye",
     b"RSET": b"250 Ok",
+    b"XCLI": b"220 upstream.test",
 }
 
 
@@ -23,8 +25,8 @@ class Upstream:
     (empty ones unless `keep`), `commands` all lines that were commands.
     """
 
-    def __init__(self, wait: str = "", *, keep: bool = True) -> None:
-        self.wait, self.keep = wait, keep
+    def __init__(self, wait: str = "", *, keep: bool = True, ehlo: Sequence[str] = EHLO) -> None:
+        self.wait, self.keep, self.ehlo = wait, keep, list(ehlo)
         self.arm()
         self.messages: list[bytes] = []
         self.commands: list[bytes] = []
@@ -47,7 +49,7 @@ class Upstream:
     def pool(self, **more: object) -> dict[str, object]:
         """The `upstreams` of a pipeline that has this one alone."""
         servers = [f"smtp://127.0.0.1:{self.port}"]
-        return {"mta": {"servers": servers, "capabilities": {"assume": EHLO}, **more}}
+        return {"mta": {"servers": servers, "capabilities": {"assume": self.ehlo}, **more}}
 
     def arm(self) -> None:
         """Wait at the step from now on."""
@@ -74,7 +76,7 @@ class Upstream:
             verb = line[:4].upper()
             await self._step(verb.decode("ascii", "replace"))
             if verb == b"EHLO":
-                writer.write(b"".join(b"250-" + word.encode() + b"\r\n" for word in EHLO) + b"250 HELP\r\n")
+                writer.write(b"".join(b"250-" + word.encode() + b"\r\n" for word in self.ehlo) + b"250 HELP\r\n")
                 continue
             writer.write(REPLIES.get(verb, b"250 2.0.0 Ok") + b"\r\n")
             if verb == b"QUIT":

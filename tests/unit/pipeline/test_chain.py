@@ -562,6 +562,47 @@ async def test_changes_add_up(tmp_path: Path) -> None:
     assert [header.name for header in transaction.head or ()] == ["X-One", "X-One", "X-Two"]
 
 
+class Verifies(Stage):
+    """Offers a mechanism, and hides what it wants."""
+
+    kind: ClassVar[Kind] = Kind.GUARD
+
+    def mechanisms(self, session: Session) -> Sequence[str]:
+        return ("PLAIN",)
+
+    def auth(self, session: Session) -> None: ...
+
+    def capabilities(self, session: Session, offer: dict[str, str]) -> None:
+        offer.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered", "narrowed"),
+    [
+        ({}, ["PLAIN"], True),
+        ({"when": 'network(client.address, "192.0.2.0/24")'}, ["PLAIN"], True),
+        ({"when": 'network(client.address, "10.0.0.0/8")'}, [], True),
+        ({"when": "1 / auth.failures > 0"}, ["PLAIN"], True),  # has no value: AUTH will say 454
+        ({"mode": "observe"}, ["PLAIN"], False),
+        ({"mode": "off"}, [], False),
+    ],
+)
+async def test_offers_only_what_would_be_asked(
+    tmp_path: Path, settings: dict[str, object], offered: list[str], narrowed: bool
+) -> None:
+    written = {
+        "hostname": "gateway.test", "listen": ["smtp://127.0.0.1:2587"], "relay": "open",
+        "stages": [{"verifies": settings}, "splice"], "upstreams": {"mta": {"servers": ["smtp://127.0.0.1:2525"]}},
+    }  # fmt: skip
+    chain = compiled(written, tmp_path, {"verifies": Verifies}).chain
+    session = make_session()
+    assert [name for _, hook in chain.mechanisms for name in hook(session)] == offered  # type: ignore[attr-defined]
+    offer = {"SIZE": ""}
+    for _, hook in chain.capabilities:
+        hook(session, offer)
+    assert (offer == {}) is narrowed
+
+
 class Fewer(Stage):
     """Names fewer arguments than the specs, and in another order."""
 

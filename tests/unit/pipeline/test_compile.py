@@ -335,6 +335,8 @@ def test_a_stage_starts_where_its_condition_is_known(tmp_path: Path) -> None:
         ({"looks": {"when": "mail.size > 0"}}, "known from mail on, but looks is asked only before that"),
         ({"rate_limit": {"count": "connections", "limit": "1/hour", "when": "rcpt.to != ''"}},
          "known from rcpt on, but rate_limit is asked only before that"),
+        ({"auth_file": {"file": "users", "when": 'network(client.address, "10.0.0.0/8")'}},
+         "clients for whom this is false could neither log in at auth_file nor send without"),
         ({"xclient": {"when": "mail.size > 0"}}, "xclient works at the upstream and takes no condition"),
     ],
 )  # fmt: skip
