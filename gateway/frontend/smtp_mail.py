@@ -34,9 +34,9 @@ class Mail:
     """What the frontend keeps of a transaction beside the stages' view of it.
 
     `relayed` is the class of the upstream's reply to MAIL, 0 while no upstream has seen it; `server` its URL.
-    `asked` is the recipient last asked about. `pending`: recipients sent upstream whose replies are still to come, with their place in the
-    queue of replies. `sent`: the recipient that went upstream with MAIL. `lost`: what every further command of
-    the transaction gets.
+    `asked` is the recipient last asked about. `pending`: recipients sent upstream whose replies are still to come,
+    with their place in the queue of replies. `sent`: the recipient that went upstream with MAIL. `lost`: what every
+    further command of the transaction gets.
     """
 
     __slots__ = ("accepted", "asked", "begun", "lost", "pending", "refused", "relayed", "sent", "server")
@@ -94,7 +94,9 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
     if isinstance(reply, Refuse):
         conversation.end_if_told(reply, conversation.refuse(reply, "mail"))
     else:
-        transaction.reply = pass_on(conversation, reply, Phase.MAIL)
+        shown = pass_on(conversation, reply, Phase.MAIL)
+        if shown.reply_class != 2:
+            transaction.reply = shown
         if conversation.hand_off is HandOff.MAIL and await hand_off_now(conversation):
             return False
     if conversation.mail.relayed != 2:

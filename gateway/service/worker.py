@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -26,6 +27,7 @@ from gateway.pipeline.compile import ListenerPlan, Plan
 from gateway.relay.wire import Wire
 from gateway.session import Listener
 from gateway.sink.process import EmbeddedServer
+from gateway.stage import Stage
 from gateway.state.memory import MemoryStore
 from gateway.state.store import Store
 from gateway.upstream.pool import Pool, Pools, PoolSettings
@@ -75,7 +77,7 @@ class ServedPipeline:
         self.conversations: set[SmtpConversation] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.health: list[Health] = []
-        self.started: list[object] = []
+        self.started: list[Stage] = []
         self.stage_worker: StageWorker | None = None
         self.served: Served | None = None
 
@@ -124,10 +126,9 @@ class ServedPipeline:
         )
         for stage in plan.chain.stages:
             start = getattr(stage, "start", None)
-            if start is None:
-                continue
             try:
-                await start(self.stage_worker)
+                if start is not None:
+                    await start(self.stage_worker)
             except Exception as error:
                 raise StartError(
                     f"{plan.name}: stage {stage.id} does not start: {type(error).__name__}: {error}"
@@ -235,7 +236,8 @@ class ServedPipeline:
             stop = getattr(stage, "stop", None)
             if stop is not None:
                 try:
-                    await stop()
+                    async with asyncio.timeout(stage.timeout):
+                        await stop()
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"
                     log.warning("stage_failure", stage=stage.id, phase="stop", error=text, action="pass")

@@ -105,9 +105,13 @@ async def test_a_recipient_that_cannot_be_asked_about_is_451(fault: str, records
 
 
 async def test_nobody_listens(records: Records) -> None:
-    async with Upstream() as upstream, serving([f"http://127.0.0.1:{free_port()}/"], upstream) as gateway:
-        async with unchanged(gateway), connected(gateway) as client:
-            assert (await try_login(client)).startswith("454 4.7.0 ")
+    async with (
+        Upstream() as upstream,
+        serving([f"http://127.0.0.1:{free_port()}/"], upstream) as gateway,
+        unchanged(gateway),
+        connected(gateway) as client,
+    ):
+        assert (await try_login(client)).startswith("454 4.7.0 ")
     (failure,) = records.all("stage_failure")
     assert "Connection refused" in str(failure["error"])
 
@@ -117,7 +121,11 @@ async def test_another_server_answers(fault: str, records: Records) -> None:
     """What is no answer is left alone for a moment; what is one, however useless, counts."""
     async with AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(Upstream())
-        sound = [ASKED, answer("Auth-Status: OK", "Auth-Server: 127.0.0.1", f"Auth-Port: {upstream.port}"), Close()]
+        sound: Sequence[Step] = [
+            ASKED,
+            answer("Auth-Status: OK", "Auth-Server: 127.0.0.1", f"Auth-Port: {upstream.port}"),
+            Close(),
+        ]
         servers = [await stack.enter_async_context(Scripted(script)) for script in (FAULTS[fault], sound)]
         urls = [f"http://127.0.0.1:{server.port}/auth" for server in servers]
         gateway = await stack.enter_async_context(serving(urls, upstream))

@@ -242,6 +242,7 @@ async def test_a_client_that_leaves_leaves_nothing_behind(
     assert len(records.all("session")) == 1
 
 
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
 @pytest.mark.parametrize("name", POINTS)
 async def test_clients_that_leave_leave_no_memory_behind(
     name: str, tls: dict[str, object], client_tls: ssl.SSLContext, records: Records

@@ -103,9 +103,8 @@ async def test_a_client_that_leaves_while_its_name_is_looked_up(records: Records
             "stages": [{"reverse_dns": "30s"}, "splice"],
             "upstreams": upstream.pool(),
         }
-        async with running(pipeline) as gateway, unchanged(gateway), connected(gateway) as client:
-            async with asyncio.timeout(10):
-                await server.wait_asked(1)
-                client.leave("reset")
-                await gateway.idle()
+        async with running(pipeline) as gateway, unchanged(gateway), connected(gateway) as client, asyncio.timeout(10):
+            await server.wait_asked(1)
+            client.leave("reset")
+            await gateway.idle()
     assert records.one("session")["reason"] == "client reset"

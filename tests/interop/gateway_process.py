@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import re
 import shutil
+import signal
 import socket
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-from tests.peers.process import Process, wait_for
+from tests.peers.process import LIMIT, Process, wait_for
 from tests.peers.require import missing, require, require_root
 
+TURN = 100.0
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 
 
@@ -29,32 +34,51 @@ class GatewayProcess(Process):
     """`gateway run FILE`, with `folder` as its working directory.
 
     `variables` are added to its environment. With `name_server` its resolv.conf names that address (and port 53),
-    which takes a mount namespace. Before it starts its fixed ports have to become free: somebody may be trying
-    the gateway out on this machine.
+    which takes a mount namespace. Tests whose pipelines have fixed `ports` take turns, also those of other pytest
+    processes; and the ports have to become free, since somebody may be trying the gateway out on this machine.
     """
 
     def __init__(
-        self, folder: Path, file: str, *, variables: dict[str, str] | None = None, name_server: str = ""
+        self,
+        folder: Path,
+        file: str,
+        *,
+        ports: Sequence[int] = (),
+        variables: dict[str, str] | None = None,
+        name_server: str = "",
     ) -> None:
         super().__init__(folder)
         self._file = file
         self._variables = variables or {}
         self._name_server = name_server
+        self._ports = ports
+        self._turn: TextIO | None = None
 
     def start(self) -> GatewayProcess:
         """Start it; after this it accepts connections."""
-        for port in re.findall(r"smtps?://127\.0\.0\.1:(\d+)", self._listeners()):
-            _wait_free(int(port))
+        try:
+            if self._ports:
+                self._take_ports()
+            self.launch(self._command(), self._ready, {**os.environ, **self._variables})
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _ready(self) -> bool:
+        return "gateway: ready" in self.said_all()
+
+    def _command(self) -> list[str]:
         gateway = str(Path(sys.executable).with_name("gateway"))
-        command = ["env", "-C", str(self.folder), gateway, "run", self._file]
+        # A test run that is killed takes the gateway along, or its fixed ports would stay in use.
+        command = [require("setpriv"), "--pdeathsig", "TERM", "env", "-C", str(self.folder), gateway, "run", self._file]
         if self._name_server:
             require_root()
             resolv_conf = self.folder / "resolv.conf"
             resolv_conf.write_text(f"nameserver {self._name_server}\n")
             mount = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
             command = [require("unshare"), "-m", "sh", "-c", mount, str(resolv_conf), *command]
-        self.launch(command, lambda: "gateway: ready" in self.said_all(), {**os.environ, **self._variables})
-        return self
+        return command
 
     def said_all(self) -> str:
         """All it wrote."""
@@ -70,20 +94,33 @@ class GatewayProcess(Process):
         wait_for(lambda: len(self.records(name)) >= count, f"{count} records {name}: {self.said_all()[-2000:]}")
         return self.records(name)
 
-    def _listeners(self) -> str:
-        """The `listen` part of the file, less what comes from the environment."""
-        text = (self.folder / self._file).read_text()
-        return text.partition("listen:")[2].partition("\nstages:")[0]
+    def stop(self, number: int = signal.SIGTERM, limit: float = LIMIT) -> int | None:
+        """As for every process; then its ports are the next one's."""
+        try:
+            return super().stop(number, limit)
+        finally:
+            if self._turn is not None:
+                self._turn.close()
+                self._turn = None
+
+    def _take_ports(self) -> None:
+        turn = self._turn = (Path(tempfile.gettempdir()) / "gateway-fixed-ports.lock").open("w")
+        wait_for(lambda: _locked(turn), "this test's turn", TURN)
+        try:
+            wait_for(lambda: all(map(_free, self._ports)), f"ports {self._ports} free")
+        except TimeoutError:
+            missing(f"one of the ports {self._ports} is in use")
 
 
-def _wait_free(port: int) -> None:
-    def bind() -> bool:
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(("127.0.0.1", port))
-            return True
+def _locked(file: TextIO) -> bool:
+    """Raises OSError while another process has it."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
 
-    try:
-        wait_for(bind, f"port {port} free")
-    except TimeoutError:
-        missing(f"port {port} is in use")
+
+def _free(port: int) -> bool:
+    """Raises OSError where somebody listens."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        return True

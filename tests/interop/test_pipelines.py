@@ -21,7 +21,7 @@ from tests.peers.process import Process, free_port, scratch, wait_for
 
 pytestmark = pytest.mark.peers
 
-STARTTLS_PORT, TLS_PORT = 2587, 2465
+STARTTLS_PORT, TLS_PORT = PORTS = 2587, 2465
 DEMO = ("--auth-user", "demo@example.org", "--auth-password", "demo")
 NAME_SERVER = "127.5.3.1"
 
@@ -88,7 +88,7 @@ def submission_serves(gateway: GatewayProcess) -> None:
 
 
 def test_submission(folder: Path) -> None:
-    with GatewayProcess(folder, "pipelines/submission.yaml") as gateway:
+    with GatewayProcess(folder, "pipelines/submission.yaml", ports=PORTS) as gateway:
         submission_serves(gateway)
         assert gateway.stop(signal.SIGTERM) == 0
         assert len(gateway.records("transaction")) == 4
@@ -98,7 +98,7 @@ def test_submission(folder: Path) -> None:
 def test_submission_http(folder: Path) -> None:
     auth = AuthServer(folder, "--upstream", "pool:mailbox", "--key", "demo")
     variables = {"AUTH_URL": f"http://127.0.0.1:{auth.port}/auth"}
-    with auth, GatewayProcess(folder, "pipelines/submission-http.yaml", variables=variables) as gateway:
+    with auth, GatewayProcess(folder, "pipelines/submission-http.yaml", ports=PORTS, variables=variables) as gateway:
         submission_serves(gateway)
         auth.stop()
         run = swaks(TLS_PORT, "--tlsc", "--auth", "PLAIN", *DEMO)
@@ -111,7 +111,7 @@ def test_submission_http_with_another_key(folder: Path) -> None:
     """The auth server then says 451 to every login: nobody is told that the password was wrong."""
     auth = AuthServer(folder, "--upstream", "pool:mailbox", "--key", "other")
     variables = {"AUTH_URL": f"http://127.0.0.1:{auth.port}/auth"}
-    with auth, GatewayProcess(folder, "pipelines/submission-http.yaml", variables=variables):
+    with auth, GatewayProcess(folder, "pipelines/submission-http.yaml", ports=PORTS, variables=variables):
         run = swaks(TLS_PORT, "--tlsc", "--auth", "PLAIN", *DEMO)
         assert run.status == 28, run.transcript
         assert any(reply.startswith("451 4.3.0") for reply in run.replies), run.transcript
@@ -163,7 +163,7 @@ def mx_serves(served: GatewayProcess, postfix: Postfix, port: int, name: str) ->
 
 def test_mx_fixed_port(folder: Path, start_postfix: StartPostfix) -> None:
     """Without a word in the environment it listens where the file says; its Postfix is down, so clients wait."""
-    with GatewayProcess(folder, "pipelines/mx.yaml", variables={"POSTFIX": f"127.0.0.1:{free_port()}"}):
+    with GatewayProcess(folder, "pipelines/mx.yaml", ports=(2525,), variables={"POSTFIX": f"127.0.0.1:{free_port()}"}):
         (greeting,) = talk(2525)
         assert greeting.startswith("421 4."), greeting
 

@@ -184,6 +184,8 @@ class Scripted:
                 await writer.drain()
             case Drip(data, gap):
                 for i in range(len(data)):
+                    if writer.is_closing():  # uvloop's transports raise where asyncio's warn
+                        return False
                     writer.write(data[i : i + 1])
                     await writer.drain()
                     await asyncio.sleep(gap)

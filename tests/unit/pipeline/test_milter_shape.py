@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -30,6 +31,7 @@ from gateway import (
     Kind,
     Outcome,
     Password,
+    Peer,
     Phase,
     Recipient,
     Refuse,
@@ -205,6 +207,11 @@ class Upstream:
         self.port = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await self._serve(reader, writer)
+        writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sender, recipients = "", list[str]()
         writer.write(b"220 upstream.test ESMTP\r\n")
         while line := (await reader.readline()).decode().rstrip("\r\n"):
@@ -218,17 +225,13 @@ class Upstream:
                     writer.write(b"250 2.1.5 Ok\r\n")
                 case "DATA":
                     writer.write(b"354 go on\r\n")
-                    try:
-                        content = await reader.readuntil(b"\r\n.\r\n")
-                    except asyncio.IncompleteReadError:
-                        break
+                    content = await reader.readuntil(b"\r\n.\r\n")
                     self.envelopes.append((sender, recipients, content.decode()))
                     writer.write(b"250 2.0.0 queued as 1\r\n")
                 case _ if line.startswith("EHLO"):
                     writer.write(b"250-upstream.test\r\n250-PIPELINING\r\n250 SIZE 100000\r\n")
                 case _:
                     writer.write(b"250 2.0.0 Ok\r\n")
-        writer.close()
 
 
 @asynccontextmanager
@@ -237,12 +240,16 @@ async def gateway_with(*stages: object, folder: Path, **pipeline: object) -> Asy
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
     Filter.ended.clear()
     Filter.worker.clear()
+    mta = {
+        "servers": [f"127.0.0.1:{server.sockets[0].getsockname()[1]}"],
+        "capabilities": {"assume": ["PIPELINING", "SIZE 100000"]},
+    }
     written = {
         "relay": "open", "allow_plaintext_auth": True, "reply_id": False, "stages": [*stages, "splice"],
-        "upstreams": {"mta": {"servers": [f"127.0.0.1:{server.sockets[0].getsockname()[1]}"]}}, **pipeline,
+        "upstreams": {"mta": mta}, **pipeline,
     }  # fmt: skip
     try:
-        async with running(written, stages=STAGES, folder=folder, learn=True) as gateway:
+        async with running(written, stages={**STAGES, "breaks": Breaks}, folder=folder) as gateway:
             yield gateway, upstream
     finally:
         server.close()
@@ -482,3 +489,72 @@ async def test_its_fact_is_known_to_stages_behind_it(tmp_path: Path) -> None:
     async with gateway_with("filter", second, folder=tmp_path) as (gateway, _), client_of(gateway) as client:
         await client.say("EHLO me")
         assert await client.say("MAIL FROM:<a@x.test>", "RSET", "MAIL FROM:<a@x.test>") == "250 250 550"
+
+
+class BreaksSettings(Settings):
+    """The hook that raises."""
+
+    at: str
+
+
+class Breaks(Stage):
+    """Raises in one hook."""
+
+    Settings = BreaksSettings
+    kind = Kind.GUARD
+    settings: BreaksSettings
+
+    def _break(self, hook: str) -> None:
+        if hook == self.settings.at:
+            raise LookupError(f"broken in {hook}")
+
+    def mechanisms(self, session: Session) -> tuple[str, ...]:
+        self._break("mechanisms")
+        return ()
+
+    def capabilities(self, session: Session, offer: dict[str, str]) -> None:
+        self._break("capabilities")
+
+    def upstream_connect(self, session: Session, peer: Peer) -> None:
+        self._break("upstream_connect")
+
+    async def upstream_ready(self, session: Session, peer: Peer) -> None:
+        self._break("upstream_ready")
+
+    async def upstream_login(self, session: Session, peer: Peer) -> None:
+        self._break("upstream_login")
+
+    def upstream_mail(self, session: Session, peer: Peer) -> None:
+        self._break("upstream_mail")
+
+    def reset(self) -> None:
+        self._break("reset")
+
+    def settled(self) -> None:
+        self._break("settled")
+
+    def close(self) -> None:
+        self._break("close")
+
+
+@pytest.mark.parametrize(
+    ("hook", "codes"),
+    [
+        *((hook, "250 250 354 250") for hook in ("mechanisms", "capabilities", "reset", "settled", "close")),
+        *((hook, "451 503 503") for hook in ("upstream_connect", "upstream_ready", "upstream_login", "upstream_mail")),
+    ],
+)
+async def test_a_hook_that_raises_is_never_the_end_of_a_session(tmp_path: Path, hook: str, codes: str) -> None:
+    """Promise 4: what only looks or narrows does no harm, what prepares the upstream is a temporary failure."""
+    with structlog.testing.capture_logs() as logs:
+        async with (
+            gateway_with({"breaks": {"at": hook}}, folder=tmp_path) as (gateway, upstream),
+            client_of(gateway) as client,
+        ):
+            assert await client.say("EHLO me") == "250"
+            assert await client.send("a@x.test", "b@x.test") == codes
+            assert await client.say("NOOP", "QUIT") == "250 221"
+            await gateway.idle()
+            assert len(upstream.envelopes) == codes.endswith("354 250")
+    assert {entry["phase"] for entry in logs if entry["event"] == "stage_failure"} == {hook}
+    assert not [entry for entry in logs if entry["event"] == "internal_error"]
