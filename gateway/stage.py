@@ -130,6 +130,10 @@ class Stage:
     own_credentials: bool = False  # logs in upstream as the gateway: to the relay guard, no xclient makes up for that
     names_servers: bool = False  # may choose servers that no pool names
     refuse_now: ClassVar[bool] = False  # its early refusals are not postponed to RCPT
+    counts_received: ClassVar[bool] = False  # asks the relay to count Received fields (setting `max_hops`)
+    sends_proxy_header: ClassVar[bool] = False  # health checks of its pipeline send one, too
+    login_decides: bool = False  # the login is the upstream's to decide: it is opened before 235
+    required: bool = False  # MAIL before AUTH is 530 (auth stages)
     timeout: float = 5.0  # of one call, in seconds; the setting `timeout` replaces it
 
     id: str
@@ -138,3 +142,8 @@ class Stage:
 
     def __init__(self, settings: StageSettings) -> None:
         self.settings = settings
+
+    @property
+    def first_only(self) -> bool:
+        """Its `mail` matters for the first MAIL alone: what it decides cannot change later."""
+        return False

@@ -43,6 +43,7 @@ class ProxyHeader(Stage):
     Settings = ProxyHeaderSettings
     kind = Kind.PLUMBING
     identifies_client = True
+    sends_proxy_header = True
     never_pass = True
     decides_identity = True
     settings: ProxyHeaderSettings

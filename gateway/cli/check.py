@@ -9,10 +9,13 @@ from gateway.pipeline.compile import Plan, Row
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True)
-def command(files: tuple[str, ...]) -> None:
-    """Validate pipeline files; exit status 2 and file:line:column for each problem."""
-    compiled, _ = plans(files)
+@click.argument("paths", nargs=-1, required=True)
+def command(paths: tuple[str, ...]) -> None:
+    """Validate files and folders as `gateway run` would; print each pipeline's chain and grade.
+
+    Each problem is a line file:line:column on standard error; the exit status is 2 then.
+    """
+    compiled, _ = plans(paths)
     for plan in compiled:
         click.echo(table(plan))
 

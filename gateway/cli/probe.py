@@ -9,6 +9,7 @@ from time import perf_counter
 import click
 
 from gateway.cli.loading import fail, plans
+from gateway.observe.logs import configure
 from gateway.pipeline.compile import Plan
 from gateway.service.worker import StageWorker
 from gateway.session import Client, Listener, Session
@@ -28,6 +29,7 @@ CLIENT = ("192.0.2.1", 25252)  # TEST-NET-1: no real client has it (RFC 5737)
 def command(files: tuple[str, ...]) -> None:
     """Connect to each upstream server; exit status 1 if a session would fail at one of them."""
     compiled, _ = plans(files)
+    configure("text", "error")  # what an administrator is to know is printed below
     urls = [url for plan in compiled for pool in plan.pools.values() for url, _ in pool.servers]
     if any(url.startswith("embedded://") for url in urls):
         click.echo("embedded servers run inside `gateway run`; they are left out")
@@ -38,16 +40,21 @@ def command(files: tuple[str, ...]) -> None:
 async def _probe_all(compiled: list[Plan]) -> bool:
     good = True
     for plan in compiled:
-        await _start_stages(plan)
+        worker = await _start_stages(plan)
         for name, settings in plan.pools.items():
             for url, weight in settings.servers:
                 if not url.startswith("embedded://"):
                     good = await _probe(plan, name, replace(settings, servers=((url, weight),))) and good
+        for stage in plan.chain.stages:
+            stop = getattr(stage, "stop", None)
+            if stop is not None:
+                await stop()
+        worker.resolver.close()
     await quits_done()
     return good
 
 
-async def _start_stages(plan: Plan) -> None:
+async def _start_stages(plan: Plan) -> StageWorker:
     """Stages speak to upstreams with what they learned at `start`."""
     loop = asyncio.get_running_loop()
     worker = StageWorker(plan, MemoryStore(loop.time), loop)
@@ -59,6 +66,7 @@ async def _start_stages(plan: Plan) -> None:
             await start(worker)
         except Exception as error:
             fail(f"gateway: {plan.name}: stage {stage.id} does not start: {type(error).__name__}: {error}")
+    return worker
 
 
 async def _probe(plan: Plan, name: str, settings: PoolSettings) -> bool:
@@ -75,23 +83,25 @@ async def _probe(plan: Plan, name: str, settings: PoolSettings) -> bool:
     click.echo(f"  TLS: {_tls(settings, seen.tls)}")
     pool = Pool(name, settings)
     opened = await open_upstream(_session(plan), pool, plan.chain, hostname=plan.hostname)
-    asks = any(stage.id == "xclient" or type(stage).__name__ == "Xclient" for stage, _ in plan.chain.upstream_ready)
-    offered = "XCLIENT" in seen.ehlo.keywords
-    if isinstance(opened, Refuse):
-        said = "offered, but NOT believed" if offered and asks else "offered" if offered else "NOT offered"
-        click.echo(f"  XCLIENT: {said}")
-        click.echo(f"  FAILED: {opened.log or opened.text or opened.cause.value}")
-        return False
+    asks = any(type(stage).__name__ == "Xclient" for stage, _ in plan.chain.upstream_ready)
+    offered = "ADDR" in seen.ehlo.keywords.get("XCLIENT", "").upper().split()
     click.echo(f"  XCLIENT: {_xclient(opened, offered, asks)}")
+    if isinstance(opened, Refuse):
+        reply = f"{opened.reply.code} {opened.reply.text}" if opened.reply is not None else ""
+        click.echo(f"  FAILED: {opened.log or reply or opened.text or opened.cause.value}")
+        return False
     opened.end_quietly()
     return True
 
 
-def _xclient(connection: Connection, offered: bool, asks: bool) -> str:
+def _xclient(opened: Connection | Refuse, offered: bool, asks: bool) -> str:
     if not asks:
         return "offered; no stage of this pipeline sends it" if offered else "not offered, and not sent"
-    if not connection.speaks_for_client:
-        return "not offered; the session goes on without (if_missing: continue)"
+    if not offered:
+        gone_on = "not offered; the session goes on without (if_missing: continue)"
+    # A stage's refusal that is not about XCLIENT came after it, so that XCLIENT was taken.
+    if isinstance(opened, Refuse) and (opened.reply is not None or "XCLIENT" in opened.log):
+        return "offered, but NOT believed" if opened.reply is None else "offered; the server refuses the client"
     return "offered and believed"
 
 

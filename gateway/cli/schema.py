@@ -10,6 +10,14 @@ from gateway.config.models import Pipeline, Process, Reserved
 from gateway.pipeline.reference import settings_schema
 from gateway.pipeline.registry import Registry, StageError
 
+SHORT_FORMS: dict[str, dict[str, object]] = {
+    "Listener": {"type": "string"},
+    "Server": {"type": "string"},
+    "Table": {"type": "array", "items": {"type": "string"}},
+    "Reuse": {"enum": ["on", "off", True, False]},
+}
+"""What may stand for a whole mapping: `- smtp://10.0.0.5` for `- {url: smtp://10.0.0.5}`, and the like."""
+
 
 @click.command()
 def command() -> None:
@@ -48,4 +56,17 @@ def schema() -> dict[str, object]:
     assert isinstance(pipeline_properties, dict)
     pipeline_properties["stages"] = {"type": "array", "items": {"anyOf": entries}, "minItems": 1}
     pipeline_properties["process"] = settings_schema(Process, definitions)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result, "$defs": definitions}
+    for name, short in SHORT_FORMS.items():
+        definitions[name] = {"anyOf": [definitions[name], short]}
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **result, "$defs": definitions}
+    return {key: _for_editors(value) for key, value in whole.items()}
+
+
+def _for_editors(schema: object) -> object:
+    """The same without the notes that are for our own reference pages (`x-...`)."""
+    match schema:
+        case dict():
+            return {key: _for_editors(value) for key, value in schema.items() if not key.startswith("x-")}
+        case list():
+            return [_for_editors(item) for item in schema]
+    return schema

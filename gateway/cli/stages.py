@@ -9,7 +9,7 @@ import click
 from gateway.cli.loading import fail
 from gateway.facts import BUILT_IN
 from gateway.pipeline.compile import hook_names
-from gateway.pipeline.reference import settings_rows
+from gateway.pipeline.reference import SettingRow, settings_rows
 from gateway.pipeline.registry import Registry, StageError
 from gateway.stage import Stage
 
@@ -39,6 +39,10 @@ def _get(registry: Registry, name: str) -> type[Stage]:
         fail(f"gateway: {error}")
 
 
+def _default(row: SettingRow) -> str:
+    return "required" if row.default == "(required)" else f"default {row.default}"
+
+
 def _first_line(stage: type[Stage]) -> str:
     return (inspect.getdoc(stage) or "").partition("\n")[0]
 
@@ -53,5 +57,5 @@ def _described(name: str, stage: type[Stage]) -> str:
     rows = settings_rows(stage.Settings)
     if rows:
         width = max(len(row.name) for row in rows)
-        lines += [f"  {row.name:<{width}}  {row.type}, default {row.default}: {row.description}" for row in rows]
+        lines += [f"  {row.name:<{width}}  {row.type}, {_default(row)}: {row.description}" for row in rows]
     return "\n".join(lines)

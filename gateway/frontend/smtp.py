@@ -382,6 +382,10 @@ class SmtpConversation:
             recipient=self.mail.asked.original if phase == "rcpt" and self.mail.asked is not None else None,
             detail=refuse.log or None,
         )
+        self.tell_refused(refuse, phase, stage, reply)
+
+    def tell_refused(self, refuse: Refuse, phase: str, stage: str, reply: Reply | None) -> None:
+        """`settled` for a refusal of ours."""
         if self.chain.settled:
             code = reply.code // 100 if reply is not None else 5
             self.chain.tell_settled(session, Outcome(phase, code, refuse.cause, stage, reply))

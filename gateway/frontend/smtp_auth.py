@@ -203,7 +203,10 @@ async def _answer_failure(
             await _ask(conversation, sasl.oauth_error(credentials.mechanism))
         except PeerError:
             pass  # RFC 7628 3.2.3: whatever the client says now, the end is 535
-    reply = conversation.refuse(refuse, "auth", stage)
+    reply = conversation.reply_to(refuse)
+    conversation.write(reply.encode())
+    conversation.refusals += 1
+    conversation.tell_refused(refuse, "auth", stage, reply)  # its record is `auth_failure`
     if refuse.disconnect or reply.code == 421:
         raise Closing(refuse.cause.value)
     if session.auth_failures >= limits.auth_failures:

@@ -449,11 +449,11 @@ class _Compiler:
             return HandOff.NEVER, "splice says handoff: never"
         for steps, word in ((chain.mail, "MAIL"), (chain.rcpt, "RCPT"), (chain.data, "DATA")):
             for step in steps:
-                if not (word == "MAIL" and getattr(step.stage, "first_only", False)):
+                if not (word == "MAIL" and step.stage.first_only):
                     return HandOff.NEVER, f"{step.stage.id} is asked at each {word}"
         if chain.upstream_mail:
             return HandOff.NEVER, f"{chain.upstream_mail[0][0].id} speaks before each MAIL"
-        if any(getattr(stage, "counts_received", False) for stage in chain.stages):
+        if any(stage.counts_received for stage in chain.stages):
             return HandOff.NEVER, "Received fields are counted"
         if self.pipeline.soft_bounce:
             return HandOff.NEVER, "soft_bounce changes replies"
@@ -529,7 +529,7 @@ class _Compiler:
         pipeline, stages = self.pipeline, chain.stages
         required = any(_required(stage) for stage in stages)
         received = [
-            getattr(stage.settings, "max_hops", 0) for stage in stages if getattr(stage, "counts_received", False)
+            getattr(stage.settings, "max_hops", 0) for stage in stages if stage.counts_received
         ]
         limits = pipeline.limits
         plan = Plan(
@@ -551,12 +551,12 @@ class _Compiler:
             debug_clients=Networks(pipeline.log.debug_clients),
             allow_plaintext_auth=pipeline.allow_plaintext_auth,
             auth_required=required,
-            login_decides=any(getattr(stage, "login_decides", False) for stage in stages),
+            login_decides=any(stage.login_decides for stage in stages),
             line_endings=pipeline.line_endings,
             soft_bounce=pipeline.soft_bounce,
             reply_id=pipeline.reply_id,
             always_hand_off=getattr(self.entries[-1][1].settings, "handoff", "auto") == "always",
-            sends_proxy_header=bool(chain.upstream_connect),
+            sends_proxy_header=any(stage.sends_proxy_header for stage in stages),
             max_received=max(received, default=0),
             end_of_data=limits.end_of_data_timeout or (LOGIN_GRACE if required else OTHER_GRACE),
             resolvers=[(one.host, one.port) for one in pipeline.resolvers],
@@ -631,7 +631,7 @@ def _needed(stage: Stage) -> list[Phase]:
 
 
 def _required(stage: Stage) -> bool:
-    return hasattr(stage, "mechanisms") and stage.mode != "off" and bool(getattr(stage, "required", False))
+    return hasattr(stage, "mechanisms") and stage.mode != "off" and bool(stage.required)
 
 
 def _provides(known: registry.Registry, name: str, fact: str) -> bool:

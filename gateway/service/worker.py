@@ -224,12 +224,11 @@ class ServedPipeline:
 
     async def release(self) -> None:
         """Give back everything but sessions."""
-        for _, sock in self.sockets:
-            path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+        for listener, sock in self.sockets:
             sock.close()
-            if isinstance(path, str) and path:
+            if listener.path:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                    os.unlink(listener.path)
         for health in self.health:
             await health.stop()
         for stage in self.started:

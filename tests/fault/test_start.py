@@ -6,12 +6,13 @@ What is wrong is said on standard error, with its place where it is a file's fau
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 
 from tests.fault.client import Client
 from tests.fault.upstream import Upstream
-from tests.peers.process import free_port
+from tests.peers.process import free_port, wait_for
 
 GATEWAY = [sys.executable, "-m", "gateway"]
 PLACE = re.compile(r"pipeline\.yaml:\d+:\d+: ")
@@ -50,7 +51,7 @@ def children(folder: Path) -> list[str]:
             command = entry.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
         except OSError:
             continue
-        if str(folder) in command and "pytest" not in command:
+        if str(folder) in command and int(entry.parent.name) != os.getpid():
             found.append(command)
     return found
 
@@ -73,12 +74,8 @@ FAULTS: dict[str, tuple[str, bool, str]] = {
         "listen: [smtp://127.0.0.1:{port}, smtp://127.0.0.1:{taken}]\n" + END, False,
         "smtp://127.0.0.1:{taken}: cannot listen: Address already in use",
     ),
-    "not our address": (
-        "listen: [smtp://127.0.0.1:{port}, smtp://192.0.2.1:2525]\n" + END, False,
-        "smtp://192.0.2.1:2525: cannot listen: Cannot assign requested address",
-    ),
     "no folder for a socket": (
-        "listen: [smtp://127.0.0.1:{port}, \"smtp://unix:/nowhere/at/all\"]\n" + END, False,
+        "listen: [smtp://127.0.0.1:{port}, \"smtp+unix:/nowhere/at/all\"]\n" + END, False,
         "cannot listen: No such file or directory",
     ),
     "missing certificate": (
@@ -91,17 +88,13 @@ FAULTS: dict[str, tuple[str, bool, str]] = {
         BEGIN + "tls: {{certificates: [{{chain: good.crt, key: other.key}}]}}\n" + END, True, "other.key",
     ),
     "missing users file": (
-        BEGIN + END.replace("[{{splice", "[{{auth_file: no.users}}, {{splice").replace("stages", "relay: open\nallow_plaintext_auth: true\nstages"),
-        True, "no.users",
+        BEGIN + "allow_plaintext_auth: true\n" + END.replace("[{{splice", "[{{auth_file: no.users}}, {{splice"), True,
+        "no.users",
     ),
     "bad YAML": (BEGIN + "stages: [splice\nupstreams: {{}}\n", True, ""),
-    "a tab": (BEGIN + "stages:\n\t- splice\n", True, ""),
-    "binary": ("\x00\x01\x02", True, ""),
     "empty": ("", False, "pipeline.yaml"),
     "unknown stage": (BEGIN + END.replace("[{{splice", "[rate_limits, {{splice"), True, "did you mean 'rate_limit'?"),
-    "unknown setting": (BEGIN + "hostnam: x\n" + END, True, "did you mean 'hostname'?"),
     "duplicate key": (BEGIN + BEGIN + END, True, "listen"),
-    "wrong type": (BEGIN + "limits: {{errors: many}}\n" + END, True, "limits.errors"),
     "no folder for the log": (BEGIN + "log: {{file: nowhere/gateway.log}}\n" + END, False, "nowhere/gateway.log"),
     "an embedded upstream in a file's place": (
         BEGIN + "stages: [{{splice: mail}}]\n"
@@ -196,7 +189,13 @@ class Running:
 async def started(folder: Path, pipeline: Mapping[str, object], *options: str) -> AsyncIterator[Running]:
     """`gateway run`, ready; killed at the end of the body if it runs still."""
     port = free_port()
-    settings = {"hostname": "gateway.test", "listen": [f"smtp://127.0.0.1:{port}"], "relay": "open", **pipeline}
+    settings = {
+        "hostname": "gateway.test",
+        "listen": [f"smtp://127.0.0.1:{port}"],
+        "relay": "open",
+        "limits": {"linger": "100ms"},
+        **pipeline,
+    }
     file = configure(folder, yaml.safe_dump(settings))
     process = await asyncio.create_subprocess_exec(
         *GATEWAY, "run", *options, str(file), cwd=folder, stderr=asyncio.subprocess.PIPE
@@ -225,41 +224,38 @@ UVLOOP = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": Tr
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_stop_loses_no_message_and_takes_its_leave(tmp_path: Path, loop: str, number: signal.Signals) -> None:
     """Promise 8: whoever is idle is told at once; messages under way are completed, then their clients are told."""
-    async with asyncio.timeout(30), Upstream("end") as upstream:
-        async with started(tmp_path, {**ENVELOPE, "upstreams": upstream.pool()}, "--loop", loop) as gateway:
-            idle, open_, sending, waiting = [await gateway.client() for _ in range(4)]
-            for client in (open_, sending, waiting):
-                assert (await client.say("MAIL FROM:<a@example.org>")).startswith("250")
-                assert (await client.say("RCPT TO:<b@example.org>")).startswith("250")
-            for client in (sending, waiting):
-                assert (await client.say("DATA")).startswith("354")
-            sending.send(b"Subject: half\r\n\r\nof it")
-            waiting.send(b"Subject: whole\r\n\r\nall of it\r\n.\r\n")
-            await upstream.reached.wait()
+    async with (
+        asyncio.timeout(30),
+        Upstream("end") as upstream,
+        started(tmp_path, {**ENVELOPE, "upstreams": upstream.pool()}, "--loop", loop) as gateway,
+    ):
+        idle, open_, sending, waiting = [await gateway.client() for _ in range(4)]
+        for client in (open_, sending, waiting):
+            assert (await client.say("MAIL FROM:<a@example.org>")).startswith("250")
+            assert (await client.say("RCPT TO:<b@example.org>")).startswith("250")
+        for client in (sending, waiting):
+            assert (await client.say("DATA")).startswith("354")
+        sending.send(b"Subject: half\r\n\r\nof it")
+        waiting.send(b"Subject: whole\r\n\r\nall of it\r\n.\r\n")
+        await upstream.reached.wait()
 
-            gateway.process.send_signal(number)
-            assert (await idle.reply()).startswith("421 4.3.2 ")
-            assert await idle.reply() == ""
-            assert not listens(gateway.port)
+        gateway.process.send_signal(number)
+        assert (await idle.reply()).startswith("421 4.3.2 ")
+        assert await idle.reply() == ""
+        assert not listens(gateway.port)
 
-            assert (await open_.say("DATA")).startswith("354")  # a transaction that was begun may be ended
-            for client in (open_, sending):
-                client.send(b" and the rest\r\n.\r\n")
-            upstream.release()
-            for client in (open_, sending, waiting):
-                assert await client.reply() == "250 2.0.0 queued\r\n"
-                assert (await client.reply()).startswith("421 4.3.2 ")
-                assert await client.reply() == ""
-            assert await gateway.ended() == 0
+        assert (await open_.say("DATA")).startswith("354")  # a transaction that was begun may be ended
+        for client in (open_, sending):
+            client.send(b" and the rest\r\n.\r\n")
+        upstream.release()
+        for client in (open_, sending, waiting):
+            assert await client.reply() == "250 2.0.0 queued\r\n"
+            assert (await client.reply()).startswith("421 4.3.2 ")
+            assert await client.reply() == ""
+        assert await gateway.ended() == 0
     assert len(upstream.messages) == 3
     assert sum('"record":"transaction"' in line for line in gateway.log) == 3
     assert '"record":"stop"' in gateway.log[-1]
-
-
-AT: dict[str, Callable[[Client], object]] = {
-    "inside AUTH": lambda client: client.say("AUTH LOGIN"),
-    "inside a transaction": lambda client: client.say("MAIL FROM:<a@example.org>"),
-}
 
 
 @pytest.mark.anyio
@@ -301,7 +297,7 @@ async def test_one_unix_socket_is_served_by_one_process(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))  # of a process that is gone: nobody listens
     async with asyncio.timeout(30), Upstream() as upstream:
-        settings = {**ENVELOPE, "listen": [f"smtp://unix:{path}"], "upstreams": upstream.pool()}
+        settings = {**ENVELOPE, "listen": [f"smtp+unix:{path}"], "upstreams": upstream.pool()}
         async with started(tmp_path, settings) as gateway:
             second = await asyncio.to_thread(run, tmp_path)
             assert second.returncode == 2
@@ -310,7 +306,7 @@ async def test_one_unix_socket_is_served_by_one_process(tmp_path: Path) -> None:
             await client.hello()
             gateway.process.send_signal(signal.SIGTERM)
             assert (await client.reply()).startswith("421 4.3.2 ")
-            assert await gateway.ended() == 0
+            assert await gateway.ended() == 0, gateway.log
     assert not path.exists()
 
 
@@ -323,5 +319,4 @@ async def test_the_embedded_upstream_ends_with_its_gateway(tmp_path: Path) -> No
             assert len(children(tmp_path)) == 2  # it, and its upstream
             gateway.process.send_signal(number)
             assert await gateway.ended() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-            while children(tmp_path):
-                await asyncio.sleep(0)
+            await asyncio.to_thread(wait_for, lambda: not children(tmp_path), "the end of the embedded upstream")

@@ -95,7 +95,7 @@ GOOD = {"listen": ["smtp://127.0.0.1:25"], "stages": ["splice"]}
         {"limits": {"message_size": "10MiB", "command_timeout": "5m", "recipients": 10}},
         {"tables": {"one": ["a", "b"], "two": {"file": "list"}}},
         {"process": {"drain": "10s", "log": {"format": "text"}}},
-        {"log": {"debug_clients": ["192.0.2.7"]}, "soft_bounce": True, "line_endings": "normalise"},
+        {"log": {"debug_clients": ["192.0.2.7"]}, "soft_bounce": True, "line_endings": "normalize"},
     ],
 )
 def test_what_the_gateway_takes_is_valid(schema: dict[str, object], change: dict[str, object]) -> None:
