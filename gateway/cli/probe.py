@@ -97,11 +97,12 @@ async def _probe(plan: Plan, name: str, settings: PoolSettings) -> bool:
 def _xclient(opened: Connection | Refuse, offered: bool, asks: bool) -> str:
     if not asks:
         return "offered; no stage of this pipeline sends it" if offered else "not offered, and not sent"
+    if isinstance(opened, Refuse):
+        if not offered:
+            return "NOT offered"
+        return "offered, but NOT believed" if "XCLIENT" in opened.log else "offered, but the session fails"
     if not offered:
-        gone_on = "not offered; the session goes on without (if_missing: continue)"
-    # A stage's refusal that is not about XCLIENT came after it, so that XCLIENT was taken.
-    if isinstance(opened, Refuse) and (opened.reply is not None or "XCLIENT" in opened.log):
-        return "offered, but NOT believed" if opened.reply is None else "offered; the server refuses the client"
+        return "not offered; the session goes on without (if_missing: continue)"
     return "offered and believed"
 
 

@@ -388,7 +388,7 @@ class SmtpConversation:
         """`settled` for a refusal of ours."""
         if self.chain.settled:
             code = reply.code // 100 if reply is not None else 5
-            self.chain.tell_settled(session, Outcome(phase, code, refuse.cause, stage, reply))
+            self.chain.tell_settled(self.session, Outcome(phase, code, refuse.cause, stage, reply))
 
     def tell_settled(self, phase: Phase, reply: Reply) -> None:
         """`settled` for an answer that was no refusal of ours."""

@@ -12,27 +12,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.fault.client import Client
+from tests.fault.gateway_run import GATEWAY, configure, started
 from tests.fault.upstream import Upstream
 from tests.peers.process import free_port, wait_for
 
-GATEWAY = [sys.executable, "-m", "gateway"]
 PLACE = re.compile(r"pipeline\.yaml:\d+:\d+: ")
-
-
-def configure(folder: Path, text: str) -> Path:
-    """A pipeline file."""
-    path = folder / "pipeline.yaml"
-    path.write_text(text)
-    return path
 
 
 def run(folder: Path, *files: str) -> subprocess.CompletedProcess[str]:
@@ -162,56 +151,6 @@ main()
 
 
 # -- running ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Running:
-    """A gateway that is ready. `port` is its listener's."""
-
-    process: asyncio.subprocess.Process
-    port: int
-    log: list[str]
-
-    async def client(self) -> Client:
-        """One more client, greeted."""
-        client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
-        await client.hello()
-        return client
-
-    async def ended(self) -> int:
-        """Its exit status, with all that it wrote in `log`."""
-        assert self.process.stderr is not None
-        self.log += (await self.process.stderr.read()).decode().splitlines()
-        return await self.process.wait()
-
-
-@asynccontextmanager
-async def started(folder: Path, pipeline: Mapping[str, object], *options: str) -> AsyncIterator[Running]:
-    """`gateway run`, ready; killed at the end of the body if it runs still."""
-    port = free_port()
-    settings = {
-        "hostname": "gateway.test",
-        "listen": [f"smtp://127.0.0.1:{port}"],
-        "relay": "open",
-        "limits": {"linger": "100ms"},
-        **pipeline,
-    }
-    file = configure(folder, yaml.safe_dump(settings))
-    process = await asyncio.create_subprocess_exec(
-        *GATEWAY, "run", *options, str(file), cwd=folder, stderr=asyncio.subprocess.PIPE
-    )
-    log: list[str] = []
-    try:
-        assert process.stderr is not None
-        while "gateway: ready" not in log:
-            line = await process.stderr.readline()
-            assert line, log
-            log.append(line.decode().rstrip())
-        yield Running(process, port, log)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 ENVELOPE = {"stages": [{"splice": {"handoff": "never"}}]}
