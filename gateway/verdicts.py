@@ -6,12 +6,16 @@ Which verdict may be given in which phase stands in `hookspecs.py`; the chain re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
 from gateway.protocol.smtp import Reply
+
+_FIELD_NAME = re.compile(r"[!-9;-~]+")  # RFC 5322 2.2
+_FIELD_VALUE = re.compile(r"(?:[^\r\n\0]|\r\n[ \t])*")
 
 
 class Cause(Enum):
@@ -102,10 +106,17 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class AddHeader:
-    """One header field put in front of the message (`name: value`; folds as CRLF + blank)."""
+    """One header field put in front of the message (`name: value`; folds as CRLF + blank).
+
+    Raises ValueError for what would end the field: the rest would be another field, or content.
+    """
 
     name: str
     value: str
+
+    def __post_init__(self) -> None:
+        if not _FIELD_NAME.fullmatch(self.name) or not _FIELD_VALUE.fullmatch(self.value):
+            raise ValueError(f"{self.name[:60]!r} is no header field, or its value has a bare line end or a NUL")
 
 
 @dataclass(frozen=True, slots=True)

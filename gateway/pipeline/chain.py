@@ -19,6 +19,7 @@ import structlog
 
 from gateway import hookspecs
 from gateway.facts import EvaluationError, Expression, Phase, Scope
+from gateway.protocol.smtp import format_mail, format_rcpt
 from gateway.session import Recipient, Session, Transaction
 from gateway.stage import Outcome, Stage
 from gateway.state.keys import network_key
@@ -369,6 +370,9 @@ def _check_answer(step: Step, verdict: object) -> None:
     """Raises TypeError for what is no answer to this phase."""
     if verdict is not None and not isinstance(verdict, ANSWERS[step.phase]):
         raise TypeError(f"{step.phase.name.lower()} cannot be answered with {type(verdict).__name__}")
+    if isinstance(verdict, Rewrite):
+        written = format_mail if step.phase is Phase.MAIL else format_rcpt
+        written(verdict.address, verdict.parameters or ())  # raises LocalError for what has no form in SMTP
 
 
 def route_phase(stage: Stage) -> Phase:

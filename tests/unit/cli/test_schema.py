@@ -19,9 +19,9 @@ TYPES: dict[str, tuple[type, ...]] = {
     "number": (int, float), "null": (type(None),),
 }  # fmt: skip
 KNOWN = {
-    "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "deprecated", "description", "enum",
-    "exclusiveMaximum", "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
-    "minLength", "minProperties", "minimum", "not", "oneOf", "pattern", "properties", "propertyNames", "required",
+    "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default", "deprecated", "description",
+    "enum", "exclusiveMaximum", "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum",
+    "minItems", "minLength", "minProperties", "minimum", "not", "oneOf", "pattern", "properties", "propertyNames", "required",
     "title", "type", "uniqueItems", "examples", "format",
 }  # fmt: skip
 

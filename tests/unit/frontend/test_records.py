@@ -66,11 +66,14 @@ async def records_of(log_file: Path, *said: str) -> list[dict[str, object]]:
             writer.close()
             await gateway.idle()
             url = f"smtp://127.0.0.1:{port}"
-    found = [json.loads(line) for line in log_file.read_text().splitlines()]
-    for record in found:
-        if "upstream" in record:
-            record["upstream"] = str(record["upstream"]).replace(url, "<U>")
-    return found
+    return written(log_file, url)
+
+
+def written(log_file: Path, url: str) -> list[dict[str, object]]:
+    """All records, with <U> for the server's URL; the file is empty afterwards."""
+    text = log_file.read_text()
+    log_file.write_text("")
+    return [json.loads(line) for line in text.replace(url, "<U>").splitlines()]
 
 
 def one(records: list[dict[str, object]], name: str) -> dict[str, object]:
@@ -106,7 +109,6 @@ async def test_the_server_that_was_lost_is_named(log_file: Path) -> None:
 async def test_a_refused_recipient_is_named_in_the_refusal(log_file: Path) -> None:
     records = await records_of(log_file, "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org> RET=FULL", "QUIT")
     assert not [record for record in records if record["record"] == "refusal"]  # RET belongs to MAIL: a syntax error
-    log_file.write_text("")
     records = await records_of(log_file, "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org> NOTIFY=NEVER", "QUIT")
     refusal = one(records, "refusal")
     assert (refusal["sender"], refusal["recipient"], refusal["cause"]) == (

@@ -48,7 +48,7 @@ def make_session() -> Session:
 
 @asynccontextmanager
 async def started(path: Path, text: str, **settings: object) -> AsyncIterator[AuthFile]:
-    path.write_text(text)  # noqa: ASYNC240
+    path.write_text(text)
     stage = AuthFile(AuthFileSettings.model_validate({"file": str(path), **settings}))
     stage.id = "auth_file"
     loop = asyncio.get_running_loop()
