@@ -77,7 +77,7 @@ class Xclient(Stage):
         except LocalError as error:
             return self._misconfigured(peer, f"cannot be told of this client: {error}")
         peer.identified()
-        reply = await peer.command(line)
+        reply = await peer.command(line, secret=bool(session.identity))  # Auth-User may be a password
         if reply.code >= 300:
             if reply.code < 500 or reply.code in _GREETING_REFUSALS:
                 return _verdict(reply)

@@ -259,8 +259,6 @@ class SmtpConversation:
         if line is None or len(self.out) > MAX_QUEUED:
             if self.mail.pending:
                 await smtp_mail.settle(self)
-            if self.served.draining and self.session.transaction is None:
-                await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "command")
             self.flush()
             if wire.write_paused:
                 wire.set_deadline(limits.write_timeout)

@@ -36,7 +36,7 @@ async def _helo(conversation: SmtpConversation, command: Command) -> bool:
     if chain.helo:
         reply = await conversation.asked(await chain.ask(chain.helo, session, name), "helo")
         if reply is not None:
-            session.helo = ""
+            session.helo, session.esmtp = "", False
             return False
     if session.esmtp:
         conversation.offer = ehlo_offer(conversation)

@@ -9,13 +9,16 @@ is not fed here but announced by its size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from gateway.observe.logs import get_logger
+from gateway.observe.logs import SHORT_SECRET, get_logger
 
 MAX_LINES: Final = 2000
 """Lines of one session; what follows is left out, since a session may last for days."""
+
+MAX_SECRETS: Final = 100
+"""Secrets of one session that are looked for in replies; the last ones."""
 
 MAX_LENGTH: Final = 1000
 """Characters shown of a line."""
@@ -23,7 +26,10 @@ MAX_LENGTH: Final = 1000
 _VERBS: Final = frozenset(
     b"EHLO HELO LHLO MAIL RCPT DATA BDAT RSET NOOP VRFY EXPN HELP QUIT STARTTLS XCLIENT XFORWARD ETRN".split()
 )
-_IDENTITY: Final = re.compile(rb"(?i)(\s(?:LOGIN|AUTH)=)\S+")
+_MECHANISMS: Final = frozenset(
+    b"PLAIN LOGIN CRAM-MD5 DIGEST-MD5 EXTERNAL XOAUTH2 OAUTHBEARER SCRAM-SHA-1 SCRAM-SHA-256 GSSAPI NTLM".split()
+)
+_IDENTITY: Final = re.compile(rb"(?i)(\s(?:LOGIN|AUTH)=)(\S+)")
 _REMOVED: Final = "[removed]"
 
 
@@ -35,25 +41,33 @@ def _to_log(session: str) -> Callable[[str], None]:
 class _Side:
     """Commands and replies of one conversation; knows when a SASL exchange is under way."""
 
-    __slots__ = ("_exchange", "_partial", "command_mark", "reply_mark")
+    __slots__ = ("_exchange", "_partial", "_secrets", "command_mark", "reply_mark")
 
     def __init__(self, command_mark: str, reply_mark: str) -> None:
         self.command_mark = command_mark
         self.reply_mark = reply_mark
         self._exchange = False
         self._partial = b""
+        self._secrets: list[bytes] = []
+
+    def hide(self, line: bytes) -> None:
+        """What of this command no reply may show either."""
+        self._secrets = [*self._secrets, *secrets_of(line)][-MAX_SECRETS:]
 
     def command(self, line: bytes) -> str:
         """What to show of a command line."""
         verb = line.split(None, 1)[0].upper() if line.strip() else b""
         if verb == b"AUTH":
+            self.hide(line)
             self._exchange = True
-            mechanism = line.split(None, 2)[1:2]
-            return f"AUTH {_shown(mechanism[0])} {_REMOVED}" if mechanism else "AUTH"
+            mechanism = b"".join(line.split(None, 2)[1:2]).upper()
+            return f"AUTH {mechanism.decode()} {_REMOVED}" if mechanism in _MECHANISMS else f"AUTH {_REMOVED}"
         if self._exchange:
             return _REMOVED
         if verb not in _VERBS:
             return f"[{len(line)} octets that are no command]"
+        if verb == b"XCLIENT":
+            self.hide(line)
         return _shown(_IDENTITY.sub(rb"\1" + _REMOVED.encode(), line))
 
     def reply(self, line: bytes) -> str:
@@ -62,13 +76,35 @@ class _Side:
             return f"334 {_REMOVED}"
         if self._exchange and line[3:4] != b"-":
             self._exchange = False
-        return _shown(line)
+        return _shown(without(line, self._secrets))
 
     def reply_lines(self, data: bytes) -> list[bytes]:
         """The complete lines in `data`; an incomplete end is kept for the next call."""
         *lines, rest = (self._partial + data).split(b"\n")
         self._partial = rest[-MAX_LENGTH:]
         return lines
+
+
+def secrets_of(line: bytes) -> list[bytes]:
+    """What of a command is secret: the response in AUTH, the LOGIN of XCLIENT, or all of a SASL response.
+
+    Some servers repeat in their reply the command that they did not take (Sendmail: `500 5.5.1 Command unrecognized`).
+    """
+    words = line.split()
+    verb = words[0].upper() if words else b""
+    if verb == b"AUTH":
+        return words[2:]
+    if verb == b"XCLIENT":
+        return [match[2] for match in _IDENTITY.finditer(line)]
+    return words
+
+
+def without(line: bytes, secrets: Iterable[bytes]) -> bytes:
+    """The line with these removed; what is shorter than SHORT_SECRET occurs in everything and stays."""
+    for secret in secrets:
+        if len(secret) >= SHORT_SECRET:
+            line = line.replace(secret, _REMOVED.encode())
+    return line
 
 
 def _shown(line: bytes) -> str:
@@ -103,8 +139,9 @@ class Transcript:
         """One or more complete commands to the upstream."""
         self._commands(self._upstream, data)
 
-    def to_upstream_secret(self) -> None:
+    def to_upstream_secret(self, line: bytes = b"") -> None:
         """A line to the upstream that is a secret as a whole."""
+        self._upstream.hide(line)
         self._put("U>", _REMOVED)
 
     def from_upstream(self, data: bytes) -> None:

@@ -12,9 +12,11 @@ import contextlib
 import ipaddress
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
+from gateway.observe.transcript import secrets_of, without
 from gateway.protocol.errors import LocalError, PeerError
 from gateway.protocol.smtp import Ehlo, Reply, ReplyReader, parse_ehlo
 from gateway.relay.wire import Wire, WireTimeout
@@ -52,9 +54,10 @@ class Connection:
     """
 
     __slots__ = (
-        "_before", "_content", "_due", "_fault", "_open", "_reader", "_replies", "closing", "command_timeout",
-        "ehlo", "encrypted", "extensions", "greeted", "greeting", "hostname", "idle_timer", "needs_reset", "on_end",
-        "pipelining", "pool", "reusable", "server", "speaks_for_client", "tls", "transactions", "transcript", "wire",
+        "_before", "_content", "_due", "_fault", "_open", "_reader", "_replies", "_secrets", "closing",
+        "command_timeout", "ehlo", "encrypted", "extensions", "greeted", "greeting", "hostname", "idle_timer",
+        "needs_reset", "on_end", "pipelining", "pool", "reusable", "server", "speaks_for_client", "tls", "transactions",
+        "transcript", "wire",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +93,7 @@ class Connection:
         self._replies: deque[Reply] = deque()
         self._due = 1  # the greeting
         self._fault: UpstreamError | None = None
+        self._secrets: list[bytes] = []
         self._before: list[tuple[bytes, Expect | None]] = []
         self._open = False  # MAIL was accepted and its transaction has not ended
         self._content = False  # between 354 and the reply to the end of data
@@ -146,7 +150,8 @@ class Connection:
         self.wire.write(data)
 
     async def command(self, line: bytes, *, secret: bool = False, timeout: float | None = None) -> Reply:
-        """One command line (without its end) and its reply. `secret` keeps the line out of the transcript.
+        """One command line (without its end) and its reply. `secret` keeps what is secret of the line (all of it, but
+        for AUTH and XCLIENT) out of the transcript and, should the server repeat it, out of the reply.
 
         Raises UpstreamError; LocalError for CR, LF or NUL in the line, or while replies are owed.
         """
@@ -155,16 +160,19 @@ class Connection:
             raise LocalError("a command while replies to earlier ones are owed")
         transcript = self.transcript
         if secret and transcript is not None:
-            if line[:5].upper() == b"AUTH ":
-                transcript.to_upstream(line)  # shows the mechanism alone
+            if line[:5].upper() in (b"AUTH ", b"XCLIE"):
+                transcript.to_upstream(line)  # shows what is no secret
             else:
-                transcript.to_upstream_secret()
+                transcript.to_upstream_secret(line)
             self.transcript = None
         try:
             self.send(line + b"\r\n")
         finally:
             self.transcript = transcript
         reply = await self.reply(timeout)
+        if secret:
+            self._secrets += secrets_of(line)
+            reply = replace(reply, lines=tuple(without(text, self._secrets) for text in reply.lines))
         if reply.code == 354 and line[:4].upper() == b"DATA":
             self._content = True
         return reply
