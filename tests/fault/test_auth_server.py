@@ -90,6 +90,7 @@ async def test_a_login_that_cannot_be_verified_is_454(fault: str, records: Recor
     assert upstream.connections == 0
 
 
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_recipient_that_cannot_be_asked_about_is_451(fault: str, records: Records) -> None:
     async with Upstream() as upstream, Scripted(FAULTS[fault]) as server:

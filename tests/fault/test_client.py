@@ -157,7 +157,7 @@ async def choked(client: Client, upstream: Upstream) -> None:
     """The upstream takes no content, and all buffers are full."""
     await sent(*MAIL, "DATA")(client, upstream)
     await upstream.reached.wait()
-    for _ in range(256):
+    for _ in range(128):
         client.send((b"y" * 998 + b"\r\n") * 64)
 
 

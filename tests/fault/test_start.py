@@ -159,8 +159,7 @@ UVLOOP = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": Tr
 
 @pytest.mark.anyio
 @UVLOOP
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("loop", "number"), [("uvloop", signal.SIGTERM), ("asyncio", signal.SIGINT)])
 async def test_a_stop_loses_no_message_and_takes_its_leave(tmp_path: Path, loop: str, number: signal.Signals) -> None:
     """Promise 8: whoever is idle is told at once; messages under way are completed, then their clients are told."""
     async with (
