@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 TWO := -n 2 --dist loadfile
 STAMP := $(VENV)/.installed
+MILTER := $(VENV)/.milter
 PEERS := postfix postfix-pcre dovecot-core swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl libnet-ssleay-perl \
-         libdigest-hmac-perl fail2ban
+         libdigest-hmac-perl fail2ban rspamd opendkim opendkim-tools miltertest dovecot-lmtpd \
+         libmilter-dev python3-dev gcc libc6-dev
 
 .PHONY: run test test-fast check peers bench docs lock clean
 
@@ -27,7 +29,7 @@ var/tls/development.crt: $(STAMP) scripts/development_certificate.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/mypy gateway stages examples/auth_server.py
+	$(BIN)/mypy gateway stages examples/auth_server.py examples/milter_filter.py
 	$(BIN)/lint-imports
 
 test-fast: check var/tls/development.crt
@@ -38,6 +40,12 @@ test: peers check var/tls/development.crt
 
 peers: $(STAMP)
 	@sh scripts/peers.sh $(PEERS)
+	@$(MAKE) --no-print-directory $(MILTER)
+
+# pymilter is compiled against libmilter, which only the tests of the stage of that name need.
+$(MILTER): requirements-milter.lock $(STAMP)
+	@test ! -e /usr/include/libmilter/mfapi.h && echo "make: no libmilter headers; the tests of pymilter are skipped" || \
+	  { $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-milter.lock && touch $@; }
 
 bench: $(STAMP) peers
 	$(BIN)/python -m bench
@@ -49,6 +57,8 @@ lock:
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python -m uv pip compile --quiet --universal --no-emit-index-url --extra dev --generate-hashes \
 	  --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+	echo "pymilter>=1.0.5" | $(BIN)/python -m uv pip compile --quiet --universal --no-emit-index-url --generate-hashes \
+	  --custom-compile-command "make lock" -o requirements-milter.lock -
 
 clean:
 	rm -rf $(VENV) var .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

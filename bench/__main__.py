@@ -1,4 +1,4 @@
-"""`python -m bench [--quick]`: run every job, write docs/performance.md.
+"""`python -m bench [--quick] [--content]`: run every job, or those of the content grade, write docs/performance.md.
 
 For each job nginx and the gateway take turns, ROUNDS times each after one warm-up; CPU is what the kernel
 charged their processes; the ratio is that of the medians.
@@ -10,18 +10,18 @@ import argparse
 import platform
 import resource
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench import clients
+from bench import clients, content
 from bench.peers import Process, start_auth, start_gateway, start_nginx, start_sink
 from scripts.development_certificate import write
 
 IDLE = 5000
+REPORT = Path("docs/performance.md")
 
 
 @dataclass
@@ -74,23 +74,31 @@ def main() -> None:
     """Everything."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds, no report")
-    quick = parser.parse_args().quick
+    parser.add_argument("--content", action="store_true", help="only the content grade; the rest of the report stays")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     rounds, sessions, bulk, idle = (2, 300, 2, 500) if quick else (5, 2000, 8, IDLE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 30000), hard))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        report = _run(folder, rounds, sessions, bulk, idle)
+        write(folder / "tls")
+        certificate = (folder / "tls/development.crt", folder / "tls/development.key")
+        tls = f"tls: {{certificates: [{{chain: {certificate[0]}, key: {certificate[1]}}}]}}"
+        if arguments.content:
+            opening = REPORT.read_text().partition("\n## ")[0]
+        else:
+            opening = _run(folder, certificate, tls, rounds, sessions, bulk, idle)
+        section = content.run(folder, tls, quick)
     if not quick:
-        Path("docs/performance.md").write_text(report)
-        print("wrote docs/performance.md")
+        REPORT.write_text("\n".join([opening.rstrip("\n"), "", section, Path("bench/notes.md").read_text()]))
+        print(f"wrote {REPORT}")
 
 
-def _run(folder: Path, rounds: int, sessions: int, bulk: int, idle: int) -> str:
-    write(folder / "tls")
-    certificate = (folder / "tls/development.crt", folder / "tls/development.key")
-    tls = f"tls: {{certificates: [{{chain: {certificate[0]}, key: {certificate[1]}}}]}}"
+def _run(
+    folder: Path, certificate: tuple[Path, Path], tls: str, rounds: int, sessions: int, bulk: int, idle: int
+) -> str:
     started: list[Process] = []
 
     def started_one(result: tuple[Process, int, int] | tuple[Process, int]) -> tuple[int, ...]:
@@ -146,16 +154,16 @@ stages: [{{splice: {{handoff: never}}}}]
         ]  # fmt: skip
         latency = (clients.pipelined_latency(nginx[1]), clients.pipelined_latency(envelope[1]))
         memory = [
-            (name, process[0], idle_memory(process[0], process[2 if under_tls else 1], under_tls, idle))
-            for name, process, under_tls in (
-                ("nginx, plain", nginx, False), ("gateway, plain", envelope, False),
-                ("nginx, TLS", nginx, True), ("gateway, TLS", envelope, True),
+            (name, idle_memory(process, port, under_tls, idle))
+            for name, process, port, under_tls in (
+                ("nginx, plain", nginx[0], nginx[1], False), ("gateway, plain", envelope[0], envelope[1], False),
+                ("nginx, TLS", nginx[0], nginx[2], True), ("gateway, TLS", envelope[0], envelope[2], True),
             )
         ]  # fmt: skip
     finally:
         for process in reversed(started):
             process.stop()
-    return _report(table, latency, [(name, kib) for name, _, kib in memory], rounds, sessions, bulk, idle)
+    return _report(table, latency, memory, rounds, sessions, bulk, idle)
 
 
 def _version(*argv: str) -> str:
@@ -172,7 +180,6 @@ def _report(table: list[Measured], latency: tuple[float, float], memory: list[tu
         f"({min(one.gateway):.3f} to {max(one.gateway):.3f}) | {one.asked} | **{one.ratio:.2f}** |"
         for one in table
     ]
-    notes = Path("bench/notes.md").read_text()
     return "\n".join([
         "# Performance", "",
         "Written by `make bench`. nginx's mail proxy and the gateway do the same job in turn, in one run.", "",
@@ -189,9 +196,8 @@ def _report(table: list[Measured], latency: tuple[float, float], memory: list[tu
         *[f"| {name}, {idle} of them | {kib:.1f} |" for name, kib in memory], "",
         f"A pipelined MAIL and RCPT are answered after {latency[1]:.1f} ms (median), "
         f"by nginx after {latency[0]:.1f} ms.", "",
-        notes,
     ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,8 +25,11 @@ def free_port() -> int:
 class Process:
     """A program of the run; its CPU is that of the process and its children, from the kernel's accounting."""
 
-    def __init__(self, argv: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, argv: list[str], log: Path, env: dict[str, str] | None = None, ends_by: int = signal.SIGTERM
+    ) -> None:
         self.file = log.open("ab")
+        self.argv, self.ends_by = argv, ends_by
         self.popen = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -42,14 +45,14 @@ class Process:
         end = time.monotonic() + seconds
         while True:
             if self.popen.poll() is not None:
-                raise RuntimeError(f"{self.popen.args}: exit {self.popen.returncode}: {self.log.read_text()[-3000:]}")
+                raise RuntimeError(f"{self.argv[0]}: exit {self.popen.returncode}: {self.log.read_text()[-3000:]}")
             try:
                 if ready():
                     return
             except OSError:
                 pass
             if time.monotonic() > end:
-                raise TimeoutError(f"{self.popen.args}: not ready: {self.log.read_text()[-3000:]}")
+                raise TimeoutError(f"{self.argv[0]}: not ready: {self.log.read_text()[-3000:]}")
             time.sleep(0.01)
 
     def pids(self) -> list[int]:
@@ -67,7 +70,7 @@ class Process:
 
     def cpu(self) -> float:
         """Seconds of user and system time so far."""
-        return sum(_cpu(pid) for pid in self.pids())
+        return sum(cpu_of(pid) for pid in self.pids())
 
     def memory(self) -> int:
         """Resident octets."""
@@ -78,10 +81,33 @@ class Process:
                     total += int(line.split()[1]) * 1024
         return total
 
+    def peak_memory(self, *, anew: bool = False) -> int:
+        """The most resident octets there were; `anew`: from now on."""
+        total = 0
+        for pid in self.pids():
+            if anew:
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    total += int(line.split()[1]) * 1024
+        return total
+
+    def nameless_files(self) -> int:
+        """Octets on disk of the files it holds open that have no name."""
+        total = 0
+        for pid in self.pids():
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                try:
+                    if os.readlink(entry).endswith("(deleted)"):
+                        total += entry.stat().st_blocks * 512
+                except OSError:
+                    continue  # closed meanwhile
+        return total
+
     def stop(self) -> None:
         """End it by its id."""
         if self.popen.poll() is None:
-            self.popen.send_signal(signal.SIGTERM)
+            self.popen.send_signal(self.ends_by)
             try:
                 self.popen.wait(10)
             except subprocess.TimeoutExpired:
@@ -90,7 +116,7 @@ class Process:
         self.file.close()
 
 
-def _cpu(pid: int) -> float:
+def cpu_of(pid: int) -> float:
     """Of a process and its threads, in nanosecond steps where the kernel has them, else in ticks."""
     total = 0
     try:
@@ -100,6 +126,12 @@ def _cpu(pid: int) -> float:
     except OSError:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def cpu_of_the_dead(pid: int) -> float:
+    """Of a process's children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / TICK
 
 
 def answers(port: int) -> Callable[[], bool]:
@@ -166,7 +198,9 @@ mail {{
     return nginx, plain, tls
 
 
-def start_gateway(folder: Path, name: str, pipeline: str) -> tuple[Process, int, int]:
+def start_gateway(
+    folder: Path, name: str, pipeline: str, env: dict[str, str] | None = None
+) -> tuple[Process, int, int]:
     """The gateway with these stages and upstreams: (process, plain port, TLS port)."""
     plain, tls = free_port(), free_port()
     path = folder / f"{name}.yaml"
@@ -177,6 +211,6 @@ relay: open
 {pipeline}
 """)
     log = folder / f"{name}.log"
-    gateway = Process([sys.executable, "-m", "gateway", "run", str(path)], log)
+    gateway = Process([sys.executable, "-m", "gateway", "run", str(path)], log, env)
     gateway.until(lambda: "gateway: ready" in log.read_text())
     return gateway, plain, tls

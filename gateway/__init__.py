@@ -14,9 +14,13 @@ stages in the file's order; a stage answers None (go on) or a *verdict*. What is
 `hookspecs.py` is the contract of each method, `gateway.testing` has what a stage's tests need.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from gateway.facts import EvaluationError, Expression, Fact, FactValue, Phase, Scope
+from gateway.macros import connect_macros, helo_macros, mail_macros, rcpt_macros, refused_rcpt_macros
+from gateway.message import Message, NewBody
+from gateway.protocol.headers import Header, HeaderField
 from gateway.protocol.sasl import Certificate, Digest, Password, Token
 from gateway.protocol.smtp import Reply, domain_of
 from gateway.session import Client, Listener, Recipient, Session, Transaction
@@ -40,13 +44,23 @@ from gateway.values import (
 )
 from gateway.verdicts import (
     AddHeader,
+    AddRecipient,
     Allow,
+    AppendHeader,
     Authenticated,
     Cause,
+    ChangeHeader,
+    ChangeSender,
+    DeleteHeader,
     Discard,
     Edit,
+    Edits,
     Hold,
+    InsertHeader,
+    Operation,
     Refuse,
+    RemoveRecipient,
+    ReplaceBody,
     Rewrite,
     Upstream,
     Verdict,
@@ -54,25 +68,30 @@ from gateway.verdicts import (
 
 if TYPE_CHECKING:
     from gateway.upstream.http import HttpClient, HttpError
+    from gateway.upstream.milter import FilterAddress, FilterConnection, FilterLost, FilterTimeouts
 
-_LATE = frozenset({"HttpClient", "HttpError"})  # they bring TLS with them
+_LATE = {  # they bring TLS with them
+    "HttpClient": "http", "HttpError": "http", "FilterAddress": "milter", "FilterConnection": "milter",
+    "FilterLost": "milter", "FilterTimeouts": "milter",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
-    """The HTTP client is imported by the stages that use it."""
+    """What talks to other servers is imported by the stages that use it."""
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gateway.upstream import http
-
-    return getattr(http, name)
+    return getattr(import_module(f"gateway.upstream.{_LATE[name]}"), name)
 
 
 __all__ = [
-    "AddHeader", "Allow", "Attempt", "Authenticated", "Cause", "Certificate", "Cidr", "CidrList", "Client",
-    "Condition", "Digest", "Discard", "Duration", "Edit", "EvaluationError", "ExistingFile", "Expression", "Fact",
-    "FactValue", "Hit", "Hold", "HttpClient", "HttpError", "Kind", "Lease", "ListFile", "Listener", "NameTable",
-    "NetworkTable", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase", "PoolReference", "Rate",
-    "Recipient", "Refuse", "Reply", "Rewrite", "Scope", "Secret", "Session", "Settings", "Size", "Stage", "Store",
-    "TextExpression", "Token", "Transaction", "Upstream", "Verdict", "Window", "Worker", "client_key", "domain_of",
-    "network_key",
+    "AddHeader", "AddRecipient", "Allow", "AppendHeader", "Attempt", "Authenticated", "Cause", "Certificate",
+    "ChangeHeader", "ChangeSender", "Cidr", "CidrList", "Client", "Condition", "DeleteHeader", "Digest", "Discard",
+    "Duration", "Edit", "Edits", "EvaluationError", "ExistingFile", "Expression", "Fact", "FactValue",
+    "FilterAddress", "FilterConnection", "FilterLost", "FilterTimeouts", "Header", "HeaderField", "Hit", "Hold",
+    "HttpClient", "HttpError", "InsertHeader", "Kind", "Lease", "ListFile", "Listener", "Message", "NameTable",
+    "NetworkTable", "NewBody", "Operation", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase",
+    "PoolReference", "Rate", "Recipient", "Refuse", "RemoveRecipient", "ReplaceBody", "Reply", "Rewrite", "Scope",
+    "Secret", "Session", "Settings", "Size", "Stage", "Store", "TextExpression", "Token", "Transaction", "Upstream",
+    "Verdict", "Window", "Worker", "client_key", "connect_macros", "domain_of", "helo_macros", "mail_macros",
+    "network_key", "rcpt_macros", "refused_rcpt_macros",
 ]  # fmt: skip

@@ -171,14 +171,14 @@ BUILT_IN: tuple[Fact, ...] = (
     _session(
         "proxy.address", "string", "", _P.CONNECT, lambda s: s.peer[0], "The TCP peer: a proxy or the client itself."
     ),
-    _session("protocol", "string", "smtp", _P.CONNECT, lambda s: s.protocol, "smtp"),
+    _session("protocol", "string", "smtp", _P.CONNECT, lambda s: s.protocol, "smtp or lmtp."),
     _session("tls.active", "bool", False, _P.SECURE, lambda s: s.tls is not None, "The connection is encrypted."),
     _tls("tls.version", "string", "", "version", "TLSv1.2, TLSv1.3; empty in clear text."),
     _tls("tls.cipher", "string", "", "cipher", "Name of the cipher."),
     _tls("tls.server_name", "string", "", "sni", "Name the client asked for (SNI)."),
     _tls("tls.verified", "bool", False, "verified", "A client certificate was given and verified."),
-    _session("helo.name", "string", "", _P.HELO, lambda s: s.helo, "Argument of HELO or EHLO."),
-    _session("helo.esmtp", "bool", False, _P.HELO, lambda s: s.esmtp, "The client said EHLO."),
+    _session("helo.name", "string", "", _P.HELO, lambda s: s.helo, "Argument of HELO, EHLO or LHLO."),
+    _session("helo.esmtp", "bool", False, _P.HELO, lambda s: s.esmtp, "The client said EHLO or LHLO."),
     _session(
         "auth.user", "string", "", _P.AUTH, lambda s: s.user, "The user as typed, lower-cased; empty before AUTH."
     ),

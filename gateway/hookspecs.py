@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from gateway.message import Message
     from gateway.session import Recipient, Session, Transaction
     from gateway.stage import Attempt, Outcome, Peer, Worker
     from gateway.verdicts import (
@@ -53,7 +54,10 @@ def mechanisms(session: Session) -> Sequence[str]:
 
 @hookspec
 def edits(transaction: Transaction) -> Edits:
-    """s. Asked at DATA: whether the message will be edited: none, head or any."""
+    """s. Asked at DATA: whether the message will be edited: none, head (its header alone) or any.
+
+    Without this hook: none. Later stages and the upstream wait for the verdict of one that edits.
+    """
     return "none"
 
 
@@ -103,8 +107,17 @@ def data(session: Session, transaction: Transaction) -> Hold | Refuse | Edit | N
 
 
 @hookspec
-def message(session: Session, message: object) -> Hold | Refuse | Edit | Discard | Upstream | None:
-    """a. The content."""
+def message(session: Session, message: Message) -> Hold | Refuse | Edit | Discard | Upstream | None:
+    """a. The content: header, body in blocks as the client sends it, or the whole.
+
+    `Edit` and `Upstream` only if `edits` said so for this transaction: `head` for changes to the header, `any` for
+    all others. With `recipients` a Refuse concerns those alone: LMTP answers each, SMTP 451 unless all are named.
+    """
+
+
+@hookspec
+def unknown(session: Session, command: str) -> Refuse | None:
+    """s/a. A command that nobody knows, before it is refused; only a temporary Refuse changes the reply."""
 
 
 @hookspec

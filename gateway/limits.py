@@ -26,6 +26,12 @@ class Limits(BaseModel):
     message_size: Size = Field(
         52_428_800, description="Octets of a message; SIZE announces the smaller of this and the upstream's."
     )
+    header_size: Size = Field(
+        262_144, description="Octets of the header section of a message that stages read; more are 552 5.3.4."
+    )
+    text_line: int = Field(
+        0, ge=0, description="Octets of a line of content without its end (RFC 5322: 998); 0: no limit. 550 5.6.0."
+    )
     recipients: Count = Field(1000, description="Recipients of a message (smtpd_recipient_limit); more are 452 4.5.3.")
     errors: Count = Field(20, description="Errors of a session before 421 (smtpd_hard_error_limit).")
     junk_commands: Count = Field(

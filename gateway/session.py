@@ -90,9 +90,13 @@ class _Stateful:
 
 
 class Recipient:
-    """One recipient: address, ESMTP parameters, and the reply once there is one."""
+    """One recipient: address, ESMTP parameters, and the replies once there are any.
 
-    __slots__ = ("address", "allowed", "domain", "index", "original", "parameters", "reply", "upstream")
+    `reply` is the one to RCPT. `final` says what became of the message for this recipient: the reply to its end of
+    data, which LMTP gives for each recipient and SMTP for all of them.
+    """
+
+    __slots__ = ("address", "allowed", "domain", "final", "index", "original", "parameters", "reply", "upstream")
 
     def __init__(self, address: str, parameters: tuple[tuple[str, str | None], ...], index: int) -> None:
         self.original: str = address
@@ -103,6 +107,7 @@ class Recipient:
         self.allowed = False
         self.upstream: Upstream | None = None
         self.reply: Reply | None = None
+        self.final: Reply | None = None
 
     def rewrite(self, address: str, parameters: tuple[tuple[str, str | None], ...] | None) -> None:
         """A `Rewrite` verdict: the new address goes upstream, `original` keeps the client's."""

@@ -96,12 +96,31 @@ class Peer(Protocol):
     def identified(self) -> None: ...
 
 
+class Timed:
+    """A subject whose stage may wait for the client, too: `clock` stands still meanwhile, `waited` sums it up.
+
+    `clock` is the stage's time-out while it is being asked.
+    """
+
+    __slots__ = ("clock", "waited")
+
+    def __init__(self) -> None:
+        self.clock: asyncio.Timeout | None = None
+        self.waited = 0.0
+
+
 class Outcome:
-    """What was decided in a phase, for `settled`: the phase, the reply's first digit, cause and stage if refused."""
+    """What was decided in a phase, for `settled`: the phase, the reply's first digit, cause and stage if refused.
 
-    __slots__ = ("cause", "phase", "reply", "reply_class", "stage")
+    `recipient` is the address in `rcpt` where it was refused.
+    """
 
-    def __init__(self, phase: str, reply_class: int, cause: Cause | None, stage: str, reply: Reply | None) -> None:
+    __slots__ = ("cause", "phase", "recipient", "reply", "reply_class", "stage")
+
+    def __init__(
+        self, phase: str, reply_class: int, cause: Cause | None, stage: str, reply: Reply | None, recipient: str = ""
+    ) -> None:
+        self.recipient = recipient
         self.phase = phase
         self.reply_class = reply_class
         self.cause = cause

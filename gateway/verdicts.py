@@ -10,9 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gateway.protocol.smtp import Reply
+
+if TYPE_CHECKING:
+    from gateway.message import NewBody
 
 _FIELD_NAME = re.compile(r"[!-9;-~]+")  # RFC 5322 2.2
 _FIELD_VALUE = re.compile(r"(?:[^\r\n\0]|\r\n[ \t])*")
@@ -104,31 +107,145 @@ class Rewrite:
     parameters: tuple[tuple[str, str | None], ...] | None = None
 
 
+def _check_field(name: str, value: str) -> None:
+    """Raises ValueError for what would end the field: the rest would be another field, or content."""
+    if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+        raise ValueError(f"{name[:60]!r} is no header field, or its value has a bare line end or a NUL")
+
+
 @dataclass(frozen=True, slots=True)
 class AddHeader:
-    """One header field put in front of the message (`name: value`; folds as CRLF + blank).
+    """One header field put in front of the message, above all that is there (`name: value`).
 
-    Raises ValueError for what would end the field: the rest would be another field, or content.
+    Of several in one phase before `message` the first stands on top, in `message` the last.
+
+    Folds stand in the value as CRLF + blank. `leading_space=False` writes the value right behind the colon, for
+    those who bring their own blank. Raises ValueError for a name or a value that is none.
     """
 
     name: str
     value: str
+    leading_space: bool = True
 
     def __post_init__(self) -> None:
-        if not _FIELD_NAME.fullmatch(self.name) or not _FIELD_VALUE.fullmatch(self.value):
-            raise ValueError(f"{self.name[:60]!r} is no header field, or its value has a bare line end or a NUL")
+        _check_field(self.name, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class InsertHeader:
+    """One header field put at a place of the header that the stage sees: 0 is the first, beyond the end the last.
+
+    Fields that the gateway itself puts in front (`received`) are not seen and not counted; they stay above. With
+    `below_trace` they count as one field, there or not: what milter filters expect, who put theirs at 0 to stand
+    above the server's own Received, and at 1 to stand below it.
+    """
+
+    index: int
+    name: str
+    value: str
+    leading_space: bool = True
+    below_trace: bool = False
+
+    def __post_init__(self) -> None:
+        _check_field(self.name, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class AppendHeader:
+    """One header field put at the end of the header."""
+
+    name: str
+    value: str
+    leading_space: bool = True
+
+    def __post_init__(self) -> None:
+        _check_field(self.name, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeHeader:
+    """Another value for the `occurrence`th field (1 is the first) of that name; appended where there are fewer."""
+
+    name: str
+    value: str
+    occurrence: int = 1
+    leading_space: bool = True
+
+    def __post_init__(self) -> None:
+        _check_field(self.name, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteHeader:
+    """Remove the `occurrence`th field (1 is the first) of that name; 0 removes all. Nothing where there is none.
+
+    The others are counted anew at once: delete from the last to the first.
+    """
+
+    name: str
+    occurrence: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceBody:
+    """Another body: content with CRLF line ends, not dot-stuffed; a large one is written to `Message.new_body()`."""
+
+    body: bytes | NewBody = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AddRecipient:
+    """One more recipient (no angle brackets), who hears nothing of the client and the client nothing of him."""
+
+    address: str
+    parameters: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveRecipient:
+    """Take this recipient out; nothing if the message goes to no such address."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeSender:
+    """Another envelope sender (no angle brackets; empty is `<>`) and, if given, other ESMTP parameters."""
+
+    address: str
+    parameters: tuple[tuple[str, str | None], ...] | None = None
+
+
+Operation = (
+    AddHeader
+    | InsertHeader
+    | AppendHeader
+    | ChangeHeader
+    | DeleteHeader
+    | ReplaceBody
+    | AddRecipient
+    | RemoveRecipient
+    | ChangeSender
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """Changes to the message. Before the message phase only head edits (fields put in front) are possible."""
+    """Changes to the message, applied in their order, together with the whole verdict or not at all.
 
-    operations: Sequence[AddHeader]
+    Before the message phase only `AddHeader` is possible. `upstream` sends the message elsewhere.
+    """
+
+    operations: Sequence[Operation] = ()
+    upstream: Upstream | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """Accept the message and throw it away (logged with the reason, for each message)."""
+    """Accept the message and throw it away (logged with the reason, for each message).
+
+    Only where the stage's entry says `discard: accept`; otherwise the message is refused.
+    """
 
     reason: str
 

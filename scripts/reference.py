@@ -97,6 +97,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("tls.certificates", "", models.Certificate),
     ("trust", "", models.Trust),
     ("limits", "", Limits),
+    ("spool", "Or `spool: always`.", models.Spool),
     ("upstreams", "`upstreams` maps names to pools:", models.Pool),
     ("upstreams: servers", "Each entry is a URL, or a mapping:", models.Server),
     ("upstreams: health", "", models.Health),

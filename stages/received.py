@@ -87,5 +87,8 @@ def _tcp_info(session: Session) -> str:
 def _protocol(session: Session, transaction: Transaction) -> str:
     if not session.esmtp:
         return "SMTP"
-    base = "UTF8SMTP" if transaction.smtputf8 else "ESMTP"
+    if session.protocol == "lmtp":
+        base = "UTF8LMTP" if transaction.smtputf8 else "LMTP"
+    else:
+        base = "UTF8SMTP" if transaction.smtputf8 else "ESMTP"
     return base + ("S" if session.tls is not None else "") + ("A" if session.user else "")

@@ -17,17 +17,17 @@ from pydantic_core import CoreSchema
 
 from gateway.values import KIND, NotA, json_schema, plain_schema, shown
 
-SCHEMES = ("smtp", "smtps")
+SCHEMES = ("smtp", "smtps", "lmtp")
 LATER_SCHEMES = (
-    "lmtp", "imap", "imaps", "pop3", "pop3s", "milter", "auth-http", "policy", "tcp-table", "socketmap", "sasl",
+    "imap", "imaps", "pop3", "pop3s", "milter", "auth-http", "policy", "tcp-table", "socketmap", "sasl",
 )  # fmt: skip
-DEFAULT_PORTS = {"smtp": 25, "smtps": 465}
+DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
 
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,254}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
 _HOST_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]/@]*))(?::(\d{1,5}))?")
-_PATTERN = r"(smtps?)(://\S+|\+unix:/\S+)|unix:/\S+"
+_PATTERN = r"(smtps?|lmtp)(://\S+|\+unix:/\S+)|unix:/\S+"
 
 
 def _joined(host: str, port: int) -> str:
@@ -63,6 +63,11 @@ class ListenUrl:
     path: str = ""
 
     @property
+    def protocol(self) -> str:
+        """smtp or lmtp: what is spoken there, whatever it is wrapped in."""
+        return "lmtp" if self.scheme == "lmtp" else "smtp"
+
+    @property
     def implicit_tls(self) -> bool:
         """TLS begins with the connection, before the greeting."""
         return self.scheme == "smtps"
@@ -86,7 +91,7 @@ class ListenUrl:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        where = "Where to listen: smtp://127.0.0.1:25, smtps://[::1]:465, smtp+unix:/path."
+        where = "Where to listen: smtp://127.0.0.1:25, smtps://[::1]:465, lmtp://127.0.0.1:24, smtp+unix:/path."
         return json_schema(_PATTERN, where, kind="URL")
 
 
@@ -101,6 +106,11 @@ class ServerUrl:
     host: str = ""
     port: int = 0
     path: str = ""
+
+    @property
+    def protocol(self) -> str:
+        """smtp or lmtp: what is spoken there, whatever it is wrapped in."""
+        return "lmtp" if self.scheme == "lmtp" else "smtp"
 
     @property
     def implicit_tls(self) -> bool:
@@ -132,7 +142,7 @@ class ServerUrl:
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return json_schema(
             rf"{_PATTERN}|embedded://\S+|[\w.-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?",
-            "A server: smtp://mail.example.org:25, host:port, smtp+unix:/path, embedded://folder.",
+            "A server: smtp://mail.example.org:25, host:port, lmtp://host:24, lmtp+unix:/path, embedded://folder.",
         )
 
 
@@ -180,7 +190,7 @@ def _parse_address(value: object, form: _Form) -> tuple[str, str, int, str]:
 def _check_scheme(scheme: str, value: str, form: _Form) -> str:
     if scheme in SCHEMES:
         return scheme
-    named = "smtp, smtps or embedded" if form.server else "smtp or smtps"
+    named = "smtp, smtps, lmtp or embedded" if form.server else "smtp, smtps or lmtp"
     if scheme in LATER_SCHEMES:
         raise NotA(form.kind, form.example, f"scheme {scheme!r} is not available in this version", f"write {named}")
     raise NotA(form.kind, form.example, f"{shown(value)} has the unknown scheme {scheme!r}", f"write {named}")
@@ -226,12 +236,17 @@ def _host_port(rest: str, value: str, form: _Form) -> tuple[str, int | None]:
 
 
 def parse_listen_url(value: object) -> ListenUrl:
-    """smtp://host:port, smtps://[v6]:port, smtp+unix:/path; `*` or no host is every address. Raises NotA."""
-    return value if isinstance(value, ListenUrl) else ListenUrl(*_parse_address(value, _LISTEN))
+    """smtp://host:port, smtps://[v6]:port, lmtp+unix:/path; `*` or no host is every address. Raises NotA."""
+    if isinstance(value, ListenUrl):
+        return value
+    url = ListenUrl(*_parse_address(value, _LISTEN))
+    if url.scheme == "lmtp" and url.port == 25:
+        raise _LISTEN.refuse(value, "is SMTP's port, where LMTP must not be spoken (RFC 2033 5)", "write port 24")
+    return url
 
 
 def parse_server_url(value: object) -> ServerUrl:
-    """smtp://host, smtps://host:port, host:port, smtp+unix:/path, unix:/path, embedded://folder. Raises NotA."""
+    """smtp://host, smtps://host:port, host:port, lmtp://host, smtp+unix:/path, embedded://folder. Raises NotA."""
     return value if isinstance(value, ServerUrl) else ServerUrl(*_parse_address(value, _SERVER))
 
 

@@ -42,6 +42,7 @@ from gateway.values import (
     Identifier,
     NotA,
     PathValue,
+    Size,
     parse_percent,
     shown,
 )
@@ -113,7 +114,7 @@ def _as_url(value: object) -> object:
 class Listener(_Model):
     """An address to listen on. Its `tls` replaces the pipeline's."""
 
-    url: ListenUrl = Field(description="smtp://host:port, smtps:// for implicit TLS, smtp+unix:/path.")
+    url: ListenUrl = Field(description="smtp://host:port, smtps:// for implicit TLS, lmtp://, smtp+unix:/path.")
     name: str | None = Field(None, min_length=1, description="For logs and `listener.name`; the URL by default.")
     proxy_protocol: Literal["required", "off"] = Field("off", description="PROXY header before anything else.")
     capabilities: tuple[str, ...] | None = Field(None, description="Announce exactly these, not what is computed.")
@@ -134,7 +135,7 @@ class Trust(_Model):
 class Server(_Model):
     """A server of a pool."""
 
-    url: ServerUrl = Field(description="smtp://host:port, host:port, smtps://, smtp+unix:/path, embedded://folder.")
+    url: ServerUrl = Field(description="smtp://host:port, host:port, smtps://, lmtp://, lmtp+unix:/path, embedded://.")
     weight: int = Field(1, ge=1, le=1000, description="Its share among the servers of the pool.")
 
 
@@ -193,6 +194,11 @@ class Pool(_Model):
     ca_file: ExistingFile | None = Field(None, description="CAs for `verify` instead of the system's.")
     server_name: str | None = Field(None, min_length=1, description="Name for SNI and `verify` instead of the host's.")
     source: str | None = Field(None, description="Local address of the connections.")
+    bdat: bool = Field(
+        False,
+        description="Messages that stages read go out in BDAT chunks (RFC 3030) where the server announces CHUNKING; "
+        "others always as DATA.",
+    )
     reuse: Annotated[Reuse | None, BeforeValidator(_reuse)] = Field(None, description="off, on, or its limits.")
     capabilities: PoolCapabilities | None = Field(None, description="Believed instead of what the servers say.")
     connect_timeout: Duration = Field(10.0, gt=0, description="Wait for a connection.")
@@ -200,6 +206,15 @@ class Pool(_Model):
     command_timeout: Duration = Field(300.0, gt=0, description="Wait for a reply (RFC 5321 4.5.3.2).")
     data_done_timeout: Duration = Field(600.0, gt=0, description="Wait for the reply to the end of data.")
     health: Health = Field(Health(), description="Active checks.")
+
+    @field_validator("servers")
+    @classmethod
+    def _one_protocol(cls, servers: tuple[Server, ...]) -> tuple[Server, ...]:
+        """What a client may do in a transaction must not depend on which server is next."""
+        if len({server.url.protocol for server in servers}) > 1:
+            kind = "a pool of one protocol"
+            raise NotA(kind, "one pool for each", "some servers speak LMTP, some SMTP", "write a pool for each")
+        return servers
 
     @field_validator("source")
     @classmethod
@@ -287,6 +302,11 @@ class Reserved(_Model):
     refuse_at: Literal["rcpt", "now"] | None = Field(
         None, description="When the client is told of a refusal before MAIL: checks wait for RCPT, guards do not."
     )
+    discard: Literal["accept", "refuse"] | None = Field(
+        None,
+        description="When the stage wants a message thrown away: accept it and do so (logged), or refuse it (the "
+        "default). For stages that read messages.",
+    )
 
 
 RESERVED = frozenset(Reserved.model_fields)
@@ -354,6 +374,22 @@ def own_hostname() -> str:
     return name if "." in name.strip(".") else socket.getfqdn(name)
 
 
+class Spool(_Model):
+    """Where messages stay while a stage that edits them has not answered."""
+
+    when: Literal["auto", "always"] = Field(
+        "auto", description="auto: only where a stage may edit; always: every message that a stage reads."
+    )
+    directory: PathValue | None = Field(None, description="For large messages; the system's temporary folder.")
+    memory: Size = Field(262_144, description="Octets of a message above which it goes to a file without a name.")
+    total: Size = Field(4 << 30, description="Octets of all files together; above it messages are 452 4.3.1.")
+
+
+def _spool(value: object) -> object:
+    """`spool: always` is short for `spool: {when: always}`."""
+    return {"when": value} if isinstance(value, str) else value
+
+
 def _line_endings(value: object) -> object:
     return "normalize" if value == "normalise" else value
 
@@ -386,6 +422,10 @@ class Pipeline(_Model):
         "by_trust",
         description="Lone CR or LF in content: refused (550 5.5.2) or mended; by_trust mends what comes from users who "
         "logged in and from `trust.clients`.",
+    )
+    nul: Literal["pass", "reject"] = Field("pass", description="NUL in content: passed on, or 550 5.6.0.")
+    spool: Annotated[Spool, BeforeValidator(_spool)] = Field(
+        Spool(), description="Where messages wait for the verdict of stages that edit them; or auto, always."
     )
     stages: tuple[Entry, ...] = Field(min_length=1, description="The chain, in order; the last one is `splice`.")
     upstreams: dict[Annotated[str, AfterValidator(_pool_name)], Pool] = Field(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.frontend import smtp_xclient
+from gateway.frontend.lmtp import one_recipient_only
 from gateway.frontend.served import HandOff
 
 if TYPE_CHECKING:
@@ -29,16 +30,17 @@ def ehlo_offer(conversation: SmtpConversation) -> dict[str, str]:
         return _narrowed(conversation, dict(session.listener.capabilities))
     offer: dict[str, str] = {}
     read = conversation.hand_off is HandOff.NEVER  # after a hand-off only the upstream's own words count
-    if read or "PIPELINING" in profile:
+    if read or conversation.lmtp or "PIPELINING" in profile:
         offer["PIPELINING"] = ""
     offer["SIZE"] = str(_size(served.limits.message_size, profile.get("SIZE")))
     for keyword in CARRIED:
-        if keyword in profile:
+        if keyword in profile or (conversation.lmtp and keyword == "ENHANCEDSTATUSCODES"):  # RFC 2033 5
             offer[keyword] = profile[keyword] if keyword != "ENHANCEDSTATUSCODES" else ""
     if read or "CHUNKING" in profile:
         offer["CHUNKING"] = ""
     if read:
-        offer["LIMITS"] = f"RCPTMAX={_rcptmax(served.limits.recipients, profile.get('LIMITS', ''))}"
+        most = 1 if one_recipient_only(conversation) else served.limits.recipients
+        offer["LIMITS"] = f"RCPTMAX={_rcptmax(most, profile.get('LIMITS', ''))}"
     mechanisms = offered_mechanisms(conversation)
     if mechanisms:
         offer["AUTH"] = " ".join(mechanisms)

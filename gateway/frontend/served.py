@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from gateway.limits import Limits
+from gateway.relay.spool import SpoolSpace
 from gateway.upstream.pool import Pool, Pools
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ class Served:
     auth_required: bool = False
     login_decides: bool = False
     line_endings: str = "by_trust"
+    nul: str = "pass"
+    spool: SpoolSpace = field(default_factory=SpoolSpace)
+    always_spool: bool = False
     soft_bounce: bool = False
     reply_id: bool = True
     always_hand_off: bool = False

@@ -1,5 +1,7 @@
 """The client's side of an SMTP session: from the PROXY header to QUIT or the hand-off (RFC 5321).
 
+LMTP is the same conversation but for LHLO and the replies to the end of data (RFC 2033, `lmtp.py`).
+
 One coroutine reads like the RFC: `run` greets, then takes command by command. AUTH is in `smtp_auth`, MAIL to
 the end of data in `smtp_mail`. Replies are collected and go out in one write when no further command waits
 (RFC 2920 3.2).
@@ -18,7 +20,7 @@ from gateway.facts import Phase
 from gateway.frontend import smtp_data, smtp_mail, smtp_upstream, smtp_xclient
 from gateway.frontend.closing import Closing
 from gateway.frontend.served import HandOff, Served
-from gateway.frontend.smtp_verbs import VERBS
+from gateway.frontend.smtp_verbs import LMTP_VERBS, VERBS
 from gateway.observe.transcript import Transcript
 from gateway.protocol.errors import PeerError
 from gateway.protocol.smtp import NON_SMTP_TLS, Reply, looks_like, parse_command
@@ -43,9 +45,10 @@ class SmtpConversation:
 
     __slots__ = (
         "bdat", "carried", "chain", "committed", "connection", "errors", "gone", "hand_off", "junk", "late",
-        "limits",
+        "limits", "lmtp",
         "login_deadline", "mail", "offer", "out", "reason", "refusals", "said", "served", "session", "spliced",
-        "splicing", "task", "transcript", "trusted_lines", "upstream_pool", "waiting", "wire",
+        "splicing", "task", "transcript", "trusted_lines", "upstream_pool", "verbs", "waiting",
+        "wire",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, served: Served, listener: Listener) -> None:
@@ -54,6 +57,8 @@ class SmtpConversation:
         self.chain = served.chain
         self.limits = served.limits
         self.session = self._new_session(listener)
+        self.lmtp = listener.protocol == "lmtp"
+        self.verbs = LMTP_VERBS if self.lmtp else VERBS
         self.out: list[bytes] = []
         self.offer: dict[str, str] = {}
         self.connection: Connection | None = None
@@ -183,7 +188,7 @@ class SmtpConversation:
             if pool.profile() is None and not await pool.learn():
                 refuse = Refuse(Cause.UPSTREAM_DOWN, disconnect=True, log=f"pool {pool.name}: capabilities unknown")
                 await self.refuse_and_close(refuse, "greeting")
-        greeting = f"220 {served.hostname} ESMTP {served.instance}\r\n".encode()
+        greeting = f"220 {served.hostname} {'LMTP' if self.lmtp else 'ESMTP'} {served.instance}\r\n".encode()
         if first and self.hand_off is HandOff.GREETING and await smtp_upstream.hand_off_now(self, greeting):
             raise Closing("handed off")
         self.write(greeting)
@@ -234,10 +239,10 @@ class SmtpConversation:
                 await self._not_smtp(line)
                 self.error((error.reply or b"500 5.5.2 syntax error").decode("ascii", "replace"))
                 continue
-            handler = VERBS.get(command.verb)
+            handler = self.verbs.get(command.verb)
             if handler is None:
                 await self._not_smtp(line)
-                self.error("500 5.5.2 command not recognized")
+                await self._unknown(line)
                 continue
             if self.mail.pending and command.verb != "RCPT":
                 await smtp_mail.settle(self)
@@ -297,11 +302,24 @@ class SmtpConversation:
             self.write(b"554 5.5.0 this port starts in clear text; use STARTTLS or the TLS port\r\n")
             raise Closing("TLS hello on a plain port")
 
+    async def _unknown(self, line: bytes) -> None:
+        """A command that nobody knows: 500, or what a stage says for now (`unknown`)."""
+        refuse = None
+        if self.chain.unknown:
+            refuse = await self.chain.ask_unknown(self.session, line.decode("utf-8", "replace"))
+        if refuse is None:
+            self.error("500 5.5.2 command not recognized")
+            return
+        reply = self.refuse(refuse, "command")
+        self.count_error()
+        self.end_if_told(refuse, reply)
+
     async def _not_smtp(self, line: bytes) -> None:
         """HTTP and mail header lines come from programs that mean somebody else: answer once and close."""
         kind = looks_like(line)
         if kind is not None:
-            refuse = Refuse(Cause.PROTOCOL, text=f"this is an SMTP server, not for {kind}", disconnect=True, log=kind)
+            text = f"this is an {self.session.protocol.upper()} server, not for {kind}"
+            refuse = Refuse(Cause.PROTOCOL, text=text, disconnect=True, log=kind)
             await self.refuse_and_close(refuse, "command")
 
     def error(self, text: str) -> None:
@@ -388,7 +406,8 @@ class SmtpConversation:
         """`settled` for a refusal of ours."""
         if self.chain.settled:
             code = reply.code // 100 if reply is not None else 5
-            self.chain.tell_settled(self.session, Outcome(phase, code, refuse.cause, stage, reply))
+            recipient = self.mail.asked.original if phase == "rcpt" and self.mail.asked is not None else ""
+            self.chain.tell_settled(self.session, Outcome(phase, code, refuse.cause, stage, reply, recipient))
 
     def tell_settled(self, phase: Phase, reply: Reply) -> None:
         """`settled` for an answer that was no refusal of ours."""
@@ -488,8 +507,8 @@ class SmtpConversation:
 
     async def end_session(self) -> None:
         """What a session leaves behind: its transaction, its upstream connection, its stages' holds."""
+        await smtp_mail.leave_chunks(self)
         self.end_transaction()
-        self.bdat = None
         smtp_upstream.part(self)
         if self.chain.close:
             await self.chain.tell_close(self.session)

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from gateway.facts import Phase
+from gateway.frontend import lmtp
 from gateway.frontend.served import HandOff
 from gateway.frontend.smtp_upstream import (
     SENDER_OK,
@@ -28,6 +29,8 @@ from gateway.verdicts import Cause, Refuse
 
 if TYPE_CHECKING:
     from gateway.frontend.smtp import SmtpConversation
+    from gateway.pipeline.chain import Step
+    from gateway.verdicts import Edits
 
 
 class Mail:
@@ -36,10 +39,13 @@ class Mail:
     `relayed` is the class of the upstream's reply to MAIL, 0 while no upstream has seen it; `server` its URL.
     `asked` is the recipient last asked about. `pending`: recipients sent upstream whose replies are still to come,
     with their place in the queue of replies. `sent`: the recipient that went upstream with MAIL. `lost`: what every
-    further command of the transaction gets.
+    further command of the transaction gets. `steps`: the stages that read its content, and what each may do to it;
+    `edited`: the ids of those that did.
     """
 
-    __slots__ = ("accepted", "asked", "begun", "lost", "pending", "refused", "relayed", "sent", "server")
+    __slots__ = (
+        "accepted", "asked", "begun", "edited", "lost", "pending", "refused", "relayed", "sent", "server", "steps",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.relayed = 0
@@ -50,6 +56,8 @@ class Mail:
         self.sent: Recipient | None = None
         self.lost: Refuse | None = None
         self.refused: Reply | None = None
+        self.steps: list[tuple[Step, Edits]] = []
+        self.edited: list[str] = []
         self.begun = perf_counter()
 
 
@@ -57,7 +65,7 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
     """MAIL FROM."""
     session, chain = conversation.session, conversation.chain
     if not session.helo:
-        conversation.error("503 5.5.1 send HELO or EHLO first")
+        conversation.error(f"503 5.5.1 send {'LHLO' if conversation.lmtp else 'HELO or EHLO'} first")
         return False
     if session.transaction is not None:
         conversation.error("503 5.5.1 nested MAIL command")
@@ -80,6 +88,7 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
     transaction = Transaction(f"{session.id}.{session.transactions}", parsed.address, parsed.parameters)
     session.transaction = transaction
     conversation.mail = Mail()
+    conversation.bdat = None
     if chain.mail:
         asked = await conversation.chain.ask(chain.mail, session, transaction, transaction)
         if await conversation.asked(asked, "mail") is not None:
@@ -146,6 +155,8 @@ async def rcpt(conversation: SmtpConversation, command: Command) -> bool:
     if len(transaction.refused) >= conversation.limits.recipients:
         conversation.error("452 4.5.3 too many recipients")
         return False
+    if mail.pending and lmtp.one_recipient(conversation):
+        await settle(conversation)  # whether there is one already
     parsed = parse_rcpt(command.argument, utf8=transaction.smtputf8)
     recipient = mail.asked = Recipient(parsed.address, parsed.parameters, len(transaction.recipients))
     refuse = _recipient_refused(conversation, recipient)
@@ -190,6 +201,8 @@ def _recipient_refused(conversation: SmtpConversation, recipient: Recipient) -> 
         return conversation.mail.lost
     if len(transaction.recipients) + len(conversation.mail.pending) >= conversation.limits.recipients:
         return Refuse(Cause.TOO_MANY_RECIPIENTS)
+    if transaction.recipients and lmtp.one_recipient(conversation):
+        return Refuse(Cause.TOO_MANY_RECIPIENTS, text="recipient needs a transaction of its own")
     if session.postponed is not None and not session.user:
         if recipient.address.partition("@")[0].lower() != "postmaster":
             return session.postponed[0]
@@ -280,13 +293,18 @@ def _recipient_answered(conversation: SmtpConversation, place: int, recipient: R
     conversation.tell_settled(Phase.RCPT, shown)
 
 
-def reset(conversation: SmtpConversation) -> None:
-    """RSET, EHLO, or a refused DATA: forget the transaction here, and at the upstream before the next MAIL."""
-    if conversation.bdat is not None:
-        if conversation.bdat.relay is not None:
-            conversation.bdat.relay.abandon()
+async def leave_chunks(conversation: SmtpConversation) -> None:
+    """What came in BDAT chunks without a LAST is no message."""
+    bdat, conversation.bdat = conversation.bdat, None
+    if bdat is not None and bdat.relay is not None:
+        await bdat.relay.leave()
+        if bdat.relay.abandoned:
             conversation.connection = None
-        conversation.bdat = None
+
+
+async def reset(conversation: SmtpConversation) -> None:
+    """RSET, EHLO, or a refused DATA: forget the transaction here, and at the upstream before the next MAIL."""
+    await leave_chunks(conversation)
     if conversation.session.transaction is None:
         return
     connection = conversation.connection
@@ -305,9 +323,14 @@ def pass_on(conversation: SmtpConversation, reply: Reply, phase: Phase) -> Reply
     """The upstream's code and text to the client."""
     shown = softened(conversation, reply)
     conversation.write(shown.encode())
+    told(conversation, shown, phase)
+    return shown
+
+
+def told(conversation: SmtpConversation, shown: Reply, phase: Phase) -> None:
+    """`settled` for a reply of the upstream's."""
     if shown.code >= 400 and conversation.chain.settled:
         outcome = Outcome(phase.name.lower(), shown.code // 100, None, "upstream", shown)
         conversation.chain.tell_settled(conversation.session, outcome)
     else:
         conversation.tell_settled(phase, shown)
-    return shown

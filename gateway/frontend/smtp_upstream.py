@@ -22,6 +22,7 @@ from gateway.upstream.smtp import Connection, UpstreamError
 from gateway.verdicts import Cause, Refuse, Upstream
 
 if TYPE_CHECKING:
+    from gateway.frontend.draft import Draft
     from gateway.frontend.smtp import SmtpConversation
     from gateway.upstream.server import Server
 
@@ -129,6 +130,8 @@ async def _say_mail(
     parameters = adapted(transaction.parameters, connection.extensions, trusted=session.trusted)
     if isinstance(parameters, Refuse):
         return parameters
+    if conversation.chain.edits_messages:  # their size is no longer what the client said
+        parameters = tuple(pair for pair in parameters if pair[0] != "SIZE")
     for stage, hook in conversation.chain.upstream_mail:
         try:
             hook(session, connection)
@@ -197,7 +200,8 @@ async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -
             return False
     connection = conversation.connection
     assert connection is not None
-    if not conversation.served.always_hand_off and _would_inherit(conversation, connection):
+    other_protocol = connection.server.lmtp != conversation.lmtp  # of a server that a stage named
+    if other_protocol or (not conversation.served.always_hand_off and _would_inherit(conversation, connection)):
         conversation.hand_off = HandOff.NEVER
         return False
     conversation.write(last_word)
@@ -262,6 +266,89 @@ async def replay(conversation: SmtpConversation, error: UpstreamError) -> bool:
         drop(conversation, again)
         return False
     return True
+
+
+async def change_envelope(conversation: SmtpConversation, draft: Draft, to: Upstream | None) -> Refuse | None:
+    """Tell the upstream what stages made of the envelope, and the pool `to` all of it; a refusal that follows.
+
+    An added recipient is one more RCPT; all else begins the envelope anew. What the upstream refuses of it refuses
+    the message: nobody would hear of it later.
+    """
+    mail, transaction, pool = conversation.mail, conversation.session.transaction, conversation.upstream_pool
+    assert transaction is not None and isinstance(pool, Pool)
+    chosen = pool if to is None else _pool_named(conversation, to)
+    if isinstance(chosen, Refuse):
+        return chosen
+    if chosen is pool and not draft.restart and not draft.added:
+        return None
+    if chosen.servers[0].lmtp and not conversation.lmtp and len(draft.recipients) > 1 and chosen is not pool:
+        return Refuse(Cause.UPSTREAM_MISCONFIGURED, log=f"pool {chosen.name} takes one recipient of an SMTP client")
+    if mail.lost is not None:
+        return mail.lost
+    transaction.rewrite(draft.sender, draft.parameters)
+    mail.accepted = list(draft.recipients)
+    before = conversation.connection
+    if before is not None and draft.restart:
+        before.needs_reset = True
+    refuse = await _connect(conversation, chosen)
+    if refuse is not None:
+        return refuse
+    connection = conversation.connection
+    assert connection is not None
+    anew = draft.restart or connection is not before  # another pool, or a server that left meanwhile
+    mail.server = connection.server.url
+    try:
+        return await _say_envelope(conversation, connection, draft, anew=anew)
+    except UpstreamError as error:
+        if await replay(conversation, error):
+            return None
+        return mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
+
+
+async def _say_envelope(
+    conversation: SmtpConversation, connection: Connection, draft: Draft, *, anew: bool
+) -> Refuse | None:
+    """MAIL and RCPTs, or those that were added. Raises UpstreamError."""
+    if anew:
+        reply = await _say_mail(conversation, connection)
+        if isinstance(reply, Refuse):
+            return reply
+        if reply.code // 100 != 2:
+            return _refused_edit(reply, f"the sender {draft.sender}")
+    for recipient in draft.recipients if anew else draft.added:
+        reply = await rcpt_alone(connection, conversation, recipient)
+        if reply.code // 100 != 2:
+            connection.needs_reset = True
+            return _refused_edit(reply, recipient.address)
+    return None
+
+
+def _refused_edit(reply: Reply, what: str) -> Refuse:
+    """The message as stages addressed it is not taken; the class of the upstream's reply is that of ours."""
+    text = "an address of this message as it was rewritten is not accepted"
+    log_text = f"{what}: {reply.code} {reply.text}"
+    return Refuse(Cause.RECIPIENT_REJECTED, text=text, temporary=reply.code < 500, log=log_text)
+
+
+def takes_bdat(conversation: SmtpConversation) -> bool:
+    """Whether content goes out in chunks: the pool says so and the server announced it."""
+    connection, pool = conversation.connection, conversation.upstream_pool
+    if connection is None or not isinstance(pool, Pool):
+        return False
+    return pool.settings.bdat and "CHUNKING" in connection.extensions
+
+
+async def ready_for_bdat(conversation: SmtpConversation) -> Refuse | None:
+    """Make sure that the server is there before the first chunk; one that left is replaced: it has nothing."""
+    if conversation.mail.lost is not None:
+        return conversation.mail.lost
+    connection = conversation.connection
+    if connection is not None and usable(connection):
+        return None
+    error = UpstreamError("lost", "", "the upstream closed before BDAT")
+    if await replay(conversation, error):
+        return None
+    return conversation.mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
 
 
 async def say_data(conversation: SmtpConversation) -> Reply | Refuse:

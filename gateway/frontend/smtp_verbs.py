@@ -30,8 +30,8 @@ async def _helo(conversation: SmtpConversation, command: Command) -> bool:
         return False
     if session.helo:
         conversation.count_junk()
-    smtp_mail.reset(conversation)
-    session.helo, session.esmtp = name, command.verb == "EHLO"
+    await smtp_mail.reset(conversation)
+    session.helo, session.esmtp = name, command.verb != "HELO"
     chain.again(session, Phase.HELO)
     if chain.helo:
         reply = await conversation.asked(await chain.ask(chain.helo, session, name), "helo")
@@ -62,7 +62,7 @@ async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
         )
     else:
         # What was learned in clear is forgotten, the login too (RFC 3207 4.2).
-        smtp_mail.reset(conversation)
+        await smtp_mail.reset(conversation)
         smtp_auth.forget_login(conversation)
         smtp_upstream.part(conversation)
         conversation.write(b"220 2.0.0 ready to start TLS\r\n")
@@ -95,9 +95,8 @@ async def _expn(conversation: SmtpConversation, command: Command) -> bool:
 
 async def _help(conversation: SmtpConversation, command: Command) -> bool:
     conversation.count_junk()
-    conversation.write(
-        b"214 2.0.0 see RFC 5321; commands: EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n"
-    )
+    hello = "RFC 2033; commands: LHLO" if conversation.lmtp else "RFC 5321; commands: EHLO HELO"
+    conversation.write(f"214 2.0.0 see {hello} MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n".encode())
     return False
 
 
@@ -106,7 +105,7 @@ async def _rset(conversation: SmtpConversation, command: Command) -> bool:
     if command.argument:
         conversation.error("501 5.5.4 no parameters allowed")
         return False
-    smtp_mail.reset(conversation)
+    await smtp_mail.reset(conversation)
     conversation.write(OK)
     return False
 
@@ -138,3 +137,5 @@ VERBS: dict[str, Handler] = {
     "HELP": _help,
     "QUIT": _quit,
 }
+LMTP_VERBS = {verb: handler for verb, handler in VERBS.items() if verb not in ("EHLO", "HELO")} | {"LHLO": _helo}
+"""RFC 2033 4.1: LHLO and neither of the others."""

@@ -85,7 +85,7 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
     if helo:
         fresh.helo = helo.decode("ascii", "replace")
     if attributes.get("PROTO"):
-        fresh.esmtp = attributes["PROTO"] == b"ESMTP"
+        fresh.esmtp = attributes["PROTO"] != b"SMTP"
     if login:
         fresh.typed_user = login.decode("utf-8", "replace")
         fresh.user = fresh.typed_user.lower()

@@ -71,8 +71,11 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "refused": "Refused recipients, each with its reply.",
             "size": "Octets of content.",
             "upstream": "URL of the server that took or refused it.",
-            "reply": "Final reply, the upstream's with its queue id; empty if the client left before it.",
-            "stage_ms": "Milliseconds that each stage took.",
+            "reply": "Final reply, the upstream's with its queue id; empty if the client left before it. An LMTP "
+            "client had several: the best of them, 2xx before 4xx before 5xx.",
+            "replies": "Accepted recipients, each with its final reply; only where LMTP is spoken on either side.",
+            "edited": "Ids of the stages that changed the message.",
+            "stage_ms": "Milliseconds that each stage took, without waiting for the client.",
             "seconds": "From MAIL to the final reply.",
         },
     ),
@@ -165,6 +168,10 @@ RECORDS: Final[dict[str, RecordSpec]] = {
     "xforward_refused": RecordSpec(
         "An upstream offered XFORWARD and refused it; the mail went on without.",
         {**_STAGE, "session": "Id of the session.", "server": "URL of the server.", "reply": "Its reply."},
+    ),
+    "filter_action": RecordSpec(
+        "A milter asked for a change that it had not announced; it was not made.",
+        {**_STAGE, "action": "What it asked for."},
     ),
     "not_counted": RecordSpec(
         "A limit could not count something that had happened already: the store did not answer.",

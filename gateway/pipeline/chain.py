@@ -20,16 +20,20 @@ import structlog
 from gateway import hookspecs
 from gateway.facts import EvaluationError, Expression, Phase, Scope
 from gateway.protocol.smtp import format_mail, format_rcpt
+from gateway.replies import smtp_reply
 from gateway.session import Recipient, Session, Transaction
-from gateway.stage import Outcome, Stage
+from gateway.stage import Outcome, Stage, Timed
 from gateway.state.keys import network_key
 from gateway.verdicts import (
+    AddHeader,
     Allow,
     Authenticated,
     Cause,
     Discard,
     Edit,
+    Edits,
     Hold,
+    Operation,
     Refuse,
     Rewrite,
     Upstream,
@@ -78,6 +82,8 @@ class Step:
     on_error: OnError
     postpone: bool
     catch_up: tuple[Step, ...] = ()
+    may_discard: bool = False  # `discard: accept`
+    stage_edits: Callable[[Transaction], Edits] | None = None
 
 
 @dataclass(slots=True)
@@ -85,7 +91,8 @@ class Result:
     """What the stages of a phase decided together.
 
     `refuse` with the id of the stage that gave it; `until` the loop time before which nothing is answered,
-    and `early` for a client that talks before; `failed` a stage of `auth` could not answer.
+    and `early` for a client that talks before; `failed` a stage of `auth` could not answer. In the message phase:
+    `operations` to apply, or `discard`, the reason to throw the message away.
     """
 
     refuse: Refuse | None = None
@@ -95,6 +102,8 @@ class Result:
     authenticated: Authenticated | None = None
     upstream: Upstream | None = None
     failed: bool = False
+    operations: Sequence[Operation] = ()
+    discard: str = ""
 
 
 class StageFailure(Exception):
@@ -123,6 +132,9 @@ class Chain:
         self.mail = steps.get(Phase.MAIL, ())
         self.rcpt = steps.get(Phase.RCPT, ())
         self.data = steps.get(Phase.DATA, ())
+        self.message = steps.get(Phase.MESSAGE, ())
+        self.edits_messages = any(step.stage_edits is not None for step in self.message)
+        self.unknown = _hooks(stages, "unknown")
         self.settled = _hooks(stages, "settled")
         self.reset = _hooks(stages, "reset")
         self.close = _hooks(stages, "close")
@@ -168,18 +180,21 @@ class Chain:
                 verdict = step.call(session, subject)
                 if verdict is not None:
                     if isinstance(verdict, (CoroutineType, Awaitable)):
-                        async with asyncio.timeout(step.timeout):
+                        async with asyncio.timeout(step.timeout) as clock:
+                            if isinstance(subject, Timed):
+                                subject.clock = clock
                             verdict = await verdict
                     _check_answer(step, verdict)
             except Exception as error:
-                if self._failed(step, error, result, session):
+                if self.failed(step, error, result, session):
                     return result
                 continue
             finally:
                 times = session.times
                 if times is None:
                     times = session.times = {}
-                times[step.stage.id] = times.get(step.stage.id, 0.0) + perf_counter() - begun
+                waited = subject.waited if isinstance(subject, Timed) else 0.0
+                times[step.stage.id] = times.get(step.stage.id, 0.0) + perf_counter() - begun - waited
             if verdict is not None and self._apply(step, verdict, result, session, transaction, recipient):
                 return result
         return result
@@ -213,7 +228,35 @@ class Chain:
             return True
         return False
 
-    def _failed(self, step: Step, error: Exception, result: Result, session: Session) -> bool:
+    def to_read(self, session: Session, transaction: Transaction) -> list[tuple[Step, Edits]]:
+        """The steps of the message phase that this transaction is for, and what each may do to it. Asked at DATA."""
+        found: list[tuple[Step, Edits]] = []
+        for step in self.message:
+            if step.skippable and (session.allowed is not None or transaction.allowed):
+                continue
+            try:
+                if step.when is not None and step.when.phase < Phase.MESSAGE:  # else it is not known yet
+                    if not _holds(step.when, session, transaction, None):
+                        continue
+                # Who is only looked on changes nothing, so that nobody waits for it.
+                edits: Edits = "none"
+                if step.stage_edits is not None and (step.enforce >= 100 or _enforced(step, session)):
+                    edits = step.stage_edits(transaction)
+                    if edits not in ("none", "head", "any"):
+                        raise TypeError(f"edits says {edits!r}, which is none of none, head, any")
+            except Exception as error:
+                _look_failed(step.stage, "edits", session, error)
+                edits = "any"  # asked again in the phase itself, where `on_error` applies
+            found.append((step, edits))
+        return found
+
+    def failure(self, step: Step, error: Exception, session: Session) -> Result:
+        """What `on_error` makes of a stage whose answer cannot be carried out."""
+        result = Result()
+        self.failed(step, error, result, session)
+        return result
+
+    def failed(self, step: Step, error: Exception, result: Result, session: Session) -> bool:
         """`on_error`; True ends the phase."""
         refuse = unanswered(step, error)
         log.warning(
@@ -286,8 +329,12 @@ class Chain:
                 if target is not None:
                     target.rewrite(verdict.address, verdict.parameters)
             case Edit():
-                if transaction is not None:
-                    transaction.head = [*(transaction.head or ()), *verdict.operations]
+                result.upstream = verdict.upstream
+                if step.phase is Phase.MESSAGE:
+                    result.operations = verdict.operations
+                elif transaction is not None:
+                    fields = [one for one in verdict.operations if isinstance(one, AddHeader)]
+                    transaction.head = [*(transaction.head or ()), *fields]
             case Authenticated():
                 result.authenticated, result.stage = verdict, step.stage.id
                 return True
@@ -295,8 +342,9 @@ class Chain:
                 result.upstream, result.stage = verdict, step.stage.id
                 return True
             case Discard():
-                if transaction is not None:
-                    transaction.discard = f"{step.stage.id}: {verdict.reason}"
+                if not step.may_discard:
+                    return self._refuse(step, Refuse(Cause.CONTENT, log=f"discard: {verdict.reason}"), result, session)
+                result.discard, result.stage = verdict.reason or "no reason given", step.stage.id
                 return True
             case _:
                 assert_never(verdict)
@@ -306,6 +354,22 @@ class Chain:
         """The phase comes another time (HELO, a handshake): stages that start late must hear of it anew."""
         if session.asked:
             session.asked = {mark for mark in session.asked if mark[1] != phase}
+
+    async def ask_unknown(self, session: Session, command: str) -> Refuse | None:
+        """`unknown` of every stage: the first temporary refusal; what else they answer changes nothing."""
+        for stage, hook in self.unknown:
+            try:
+                verdict = hook(session, command)
+                if isinstance(verdict, Awaitable):
+                    async with asyncio.timeout(stage.timeout):
+                        verdict = await verdict
+            except Exception as error:
+                _look_failed(stage, "unknown", session, error)
+                continue
+            temporary = isinstance(verdict, Refuse) and smtp_reply(verdict).code < 500
+            if isinstance(verdict, Refuse) and temporary and stage.mode == "enforce":
+                return verdict
+        return None
 
     def tell_settled(self, session: Session, outcome: Outcome) -> None:
         """`settled` of every stage; what they raise is logged."""
@@ -370,6 +434,10 @@ def _check_answer(step: Step, verdict: object) -> None:
     """Raises TypeError for what is no answer to this phase."""
     if verdict is not None and not isinstance(verdict, ANSWERS[step.phase]):
         raise TypeError(f"{step.phase.name.lower()} cannot be answered with {type(verdict).__name__}")
+    if isinstance(verdict, Edit) and step.phase is not Phase.MESSAGE:
+        late = verdict.upstream or next((one for one in verdict.operations if not isinstance(one, AddHeader)), None)
+        if late is not None:
+            raise TypeError(f"{type(late).__name__} is possible in message only")
     if isinstance(verdict, Rewrite):
         written = format_mail if step.phase is Phase.MAIL else format_rcpt
         written(verdict.address, verdict.parameters or ())  # raises LocalError for what has no form in SMTP

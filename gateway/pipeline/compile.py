@@ -18,7 +18,7 @@ from gateway import hookspecs
 from gateway.config.documents import Document
 from gateway.config.load import validate_settings
 from gateway.config.models import Listener as ListenerModel
-from gateway.config.models import Pipeline, StageEntry, Table, Tls
+from gateway.config.models import Pipeline, Spool, StageEntry, Table, Tls
 from gateway.config.models import Pool as PoolModel
 from gateway.config.problems import ConfigError, Loc, Problem, did_you_mean, written_loc
 from gateway.facts import BUILT_IN, Expression, Fact, Phase, PoolName
@@ -51,11 +51,12 @@ class ListenerPlan:
     proxy_protocol: bool
     capabilities: dict[str, str] | None = None
     tls: ServerContext | None = None
+    protocol: str = "smtp"
 
 
 @dataclass(slots=True)
 class Plan:
-    """A pipeline, compiled. `grade` is opaque or envelope, `reason` says why; `rows` is the table of `check`."""
+    """A pipeline, compiled. `grade`: opaque, envelope or content; `reason` says why; `rows` is the table of `check`."""
 
     name: str
     hostname: str
@@ -77,6 +78,8 @@ class Plan:
     auth_required: bool = False
     login_decides: bool = False
     line_endings: str = "by_trust"
+    nul: str = "pass"
+    spool: Spool = field(default_factory=Spool)
     soft_bounce: bool = False
     reply_id: bool = True
     always_hand_off: bool = False
@@ -299,8 +302,8 @@ class _Compiler:
                 )
             if reserved.refuse_at is not None and not any(hasattr(stage, p.name.lower()) for p in POSTPONED):
                 self.problem((*entry.loc, "refuse_at"), f"{entry.name} refuses nothing before RCPT", "remove refuse_at")
-            if hasattr(stage, "message"):
-                self.problem(entry.loc, f"{entry.name} needs the content of messages, which this version does not read")
+            if reserved.discard is not None and Phase.MESSAGE not in _needed(stage):
+                self.problem((*entry.loc, "discard"), f"{entry.name} reads no messages", "remove discard")
 
     def _check_order(self) -> None:
         """A limit on failed logins that stands behind the verifiers would never stop one."""
@@ -437,6 +440,8 @@ class _Compiler:
             stage.timeout,
             stage.on_error,
             postpone,
+            may_discard=reserved.discard == "accept",
+            stage_edits=getattr(stage, "edits", None) if phase is Phase.MESSAGE else None,
         )
 
     # -- the grade ------------------------------------------------------------------------------------------
@@ -447,6 +452,10 @@ class _Compiler:
         wanted = getattr(splice, "handoff", "auto")
         if wanted == "never":
             return HandOff.NEVER, "splice says handoff: never"
+        if chain.message:
+            return HandOff.NEVER, f"{chain.message[0].stage.id} reads the messages"
+        if self.pipeline.nul != "pass" or self.pipeline.limits.text_line:
+            return HandOff.NEVER, "the content is checked (nul, limits.text_line)"
         for steps, word in ((chain.mail, "MAIL"), (chain.rcpt, "RCPT"), (chain.data, "DATA")):
             for step in steps:
                 if not (word == "MAIL" and step.stage.first_only):
@@ -459,6 +468,8 @@ class _Compiler:
             return HandOff.NEVER, "soft_bounce changes replies"
         if self.pipeline.line_endings != "by_trust":
             return HandOff.NEVER, "line_endings are asked for"
+        if len(self._protocols()) > 1:
+            return HandOff.NEVER, "listeners and servers do not all speak the same protocol"
         if chain.route_rcpt:
             return HandOff.RCPT, f"{chain.route_rcpt[0].stage.id} needs the first recipient"
         if any(route_phase(step.stage) >= Phase.MAIL for step in chain.route_early) or chain.mail:
@@ -473,6 +484,11 @@ class _Compiler:
         if self.pipeline.trust.xclient:
             return HandOff.MAIL, "trusted clients may say XCLIENT"
         return HandOff.GREETING, "nothing is needed after the greeting"
+
+    def _protocols(self) -> set[str]:
+        """What is spoken on either side: smtp, lmtp."""
+        servers = {server.url.protocol for pool in self.pipeline.upstreams.values() for server in pool.servers}
+        return servers | {listener.url.protocol for listener in self.pipeline.listen}
 
     # -- the result -----------------------------------------------------------------------------------------
 
@@ -493,6 +509,7 @@ class _Compiler:
                     url.implicit_tls,
                     listener.proxy_protocol == "required",
                     _keywords(listener),
+                    protocol=url.protocol,
                 )
             )
         return plans
@@ -541,7 +558,7 @@ class _Compiler:
             pools={name: _pool_settings(pool) for name, pool in pipeline.upstreams.items()},
             default_pool=self._default_pool(),
             hand_off=hand_off,
-            grade="envelope" if hand_off is HandOff.NEVER else "opaque",
+            grade="content" if chain.message else "envelope" if hand_off is HandOff.NEVER else "opaque",
             reason=reason,
             rows=self._rows(),
             tls=self._server_context(pipeline.tls, ("tls", "certificates")),
@@ -553,6 +570,8 @@ class _Compiler:
             auth_required=required,
             login_decides=any(stage.login_decides for stage in stages),
             line_endings=pipeline.line_endings,
+            nul=pipeline.nul,
+            spool=pipeline.spool,
             soft_bounce=pipeline.soft_bounce,
             reply_id=pipeline.reply_id,
             always_hand_off=getattr(self.entries[-1][1].settings, "handoff", "auto") == "always",
@@ -603,6 +622,7 @@ _HOOKS = (
     *[phase.name.lower() for phase in Phase],
     "capabilities",
     "mechanisms",
+    "unknown",
     "upstream_connect",
     "upstream_ready",
     "upstream_login",
@@ -705,6 +725,7 @@ def _pool_settings(pool: PoolModel) -> PoolSettings:
         ca_file=str(pool.ca_file) if pool.ca_file else None,
         server_name=pool.server_name,
         source=pool.source,
+        bdat=pool.bdat,
         reuse=pool.reuse is not None,
         reuse_transactions=pool.reuse.transactions if pool.reuse else 20,
         reuse_idle=pool.reuse.idle if pool.reuse else 30.0,

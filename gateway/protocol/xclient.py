@@ -82,7 +82,7 @@ def _parse_value(name: str, text: bytes) -> bytes | None:
             _refuse(name)
         return b"%d" % int(value)
     if name == "PROTO":
-        if marker not in (b"SMTP", b"ESMTP"):
+        if marker not in (b"SMTP", b"ESMTP", b"LMTP"):
             _refuse(name)
         return marker
     if name in ("NAME", "REVERSE_NAME"):

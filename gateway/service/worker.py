@@ -24,6 +24,7 @@ from gateway.dns.resolver import Resolver
 from gateway.frontend.served import Served
 from gateway.frontend.smtp import SmtpConversation
 from gateway.pipeline.compile import ListenerPlan, Plan
+from gateway.relay.spool import SpoolSpace
 from gateway.relay.wire import Wire
 from gateway.session import Listener
 from gateway.sink.process import EmbeddedServer
@@ -118,6 +119,9 @@ class ServedPipeline:
             auth_required=plan.auth_required,
             login_decides=plan.login_decides,
             line_endings=plan.line_endings,
+            nul=plan.nul,
+            spool=SpoolSpace(plan.spool.directory, memory=plan.spool.memory, total=plan.spool.total),
+            always_spool=plan.spool.when == "always",
             soft_bounce=plan.soft_bounce,
             reply_id=plan.reply_id,
             always_hand_off=plan.always_hand_off,
@@ -170,7 +174,7 @@ class ServedPipeline:
             listener = Listener(
                 plan.url,
                 name=plan.name,
-                protocol="smtp",
+                protocol=plan.protocol,
                 implicit_tls=plan.implicit_tls,
                 proxy_protocol=plan.proxy_protocol,
                 login_required=self.plan.auth_required,

@@ -8,7 +8,7 @@ A transcript is a YAML head (the pipeline's keys, and `play:` for the player), a
     S= 250                           the client reads a whole reply with this code, whatever its lines say
     U< MAIL FROM:<a@example.org>     the upstream reads this line
     U> 250 2.1.0 Ok                  the upstream says this line (bytes, if it is a literal)
-    U= ready                         the upstream gets a connection and says 220 and EHLO (`play.ehlo`)
+    U= ready                         the upstream gets a connection, says 220 and answers EHLO (`play.ehlo`)
     U= connect | close | reset       ... gets a connection; closes; resets it
     U= closed                        ... sees the gateway close
     U= abandoned                     ... sees it close in the middle of content, without an end of data
@@ -25,8 +25,9 @@ A transcript is a YAML head (the pipeline's keys, and `play:` for the player), a
 
 `play:` takes `ehlo` (what the upstreams announce), `assume` (what the gateway believes that they announce), `modes`
 (of MODES; default plain and bytes), `tls: true` (a certificate for STARTTLS), `source` (client address, 127.0.0.x),
-`preface` (what goes before everything, TLS too: a literal), `certificate: true` (the client has one). Every wait has
-a limit; a mismatch prints what was played and what came instead; a script must be played to its end.
+`preface` (what goes before everything, TLS too: a literal), `certificate: true` (the client has one), `client: lmtp`
+and `upstream: lmtp` (or `{V: lmtp}`: a single one) for who speaks LMTP. Every wait has a limit; a mismatch prints what
+was played and what came instead; a script must be played to its end.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Transcript:
         modes = self.play.get("modes", ["plain", "bytes"])
         assert isinstance(modes, list)
         return modes
+
+    def protocol(self, who: str) -> str:
+        """What the client (`C`) or an upstream (`U`, `V`) speaks: smtp or lmtp."""
+        spoken = self.play.get("client" if who == "C" else "upstream", "smtp")
+        return str(spoken.get(who, "smtp") if isinstance(spoken, Mapping) else spoken)
 
 
 def parse(path: Path) -> Transcript:
@@ -288,7 +294,8 @@ class Player:
     async def _upstream_ready(self, step: Step, upstream: Upstream) -> None:
         upstream.reader, upstream.writer = await upstream.queue.get()
         upstream.writer.write(b"220 upstream.test ESMTP\r\n")
-        self._expect(Step(step.who, "<", "EHLO *", step.line), await upstream.reader.readline(), step.who)
+        hello = _hello(self.transcript.protocol(step.who))
+        self._expect(Step(step.who, "<", f"{hello} *", step.line), await upstream.reader.readline(), step.who)
         *lines, last = "upstream.test", *upstream.ehlo
         upstream.writer.write("".join([*(f"250-{line}\r\n" for line in lines), f"250 {last}\r\n"]).encode())
 
@@ -305,7 +312,7 @@ class Player:
         """Greeting, EHLO, STARTTLS and the handshake, which the script does not show."""
         async with asyncio.timeout(LIMIT):
             await self.reader.readline()
-            self.writer.write(b"EHLO starttls.test\r\n")
+            self.writer.write(f"{_hello(self.transcript.protocol('C'))} starttls.test\r\n".encode())
             while (await self.reader.readline())[3:4] == b"-":
                 pass
             self.writer.write(b"STARTTLS\r\n")
@@ -333,6 +340,10 @@ class Player:
         next_step = self.transcript.steps[min(len(self.played), len(self.transcript.steps) - 1)]
         told = str(error) or f"line {next_step.line}: {type(error).__name__}"
         return f"{name}: {told}\nplayed so far:\n  " + "\n  ".join(self.played)
+
+
+def _hello(protocol: str) -> str:
+    return "LHLO" if protocol == "lmtp" else "EHLO"
 
 
 def _pattern(text: str) -> str:

@@ -176,10 +176,11 @@ def make_session(
 ) -> Session:
     """A session of a client at `address`, in whatever state the arguments say.
 
-    `user` is the login as typed, `listen` the listener's URL; `smtps://` is implicit TLS.
+    `user` is the login as typed, `listen` the listener's URL; `smtps://` is implicit TLS, `lmtp://` is LMTP.
     """
     number = next(_numbers)
-    listener = Listener(listen, implicit_tls=listen.startswith("smtps:"))
+    protocol = "lmtp" if listen.startswith("lmtp") else "smtp"
+    listener = Listener(listen, protocol=protocol, implicit_tls=listen.startswith("smtps:"))
     session = Session(f"TEST-{number}", pipeline, listener, (address, port), ("192.0.2.25", 25), 0.0)
     session.hostname = "gateway.example"
     session.helo, session.esmtp = helo, esmtp and bool(helo)

@@ -126,7 +126,8 @@ def _kind(connection: Connection, reply: Reply) -> Literal["busy", "down"]:
 async def _hello(connection: Connection, settings: PoolSettings) -> None:
     reply = await connection.hello(timeout=settings.greeting_timeout)
     if not connection.greeted:
-        raise UpstreamError(_kind(connection, reply), connection.url, f"EHLO refused: {reply.code} {reply.text}")
+        verb = "LHLO" if connection.server.lmtp else "EHLO"
+        raise UpstreamError(_kind(connection, reply), connection.url, f"{verb} refused: {reply.code} {reply.text}")
 
 
 async def _start_tls(connection: Connection, settings: PoolSettings) -> None:

@@ -55,6 +55,7 @@ class PoolSettings:
     ca_file: str | None = None
     server_name: str | None = None
     source: str | None = None
+    bdat: bool = False
     reuse: bool = False
     reuse_transactions: int = 20
     reuse_idle: float = 30.0

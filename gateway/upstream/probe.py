@@ -1,7 +1,7 @@
 """Asking the servers without a client: what they announce, before the first greeting, and how they do, all the time.
 
-A probe speaks SMTP up to EHLO (behind TLS as the pool has it) and says QUIT, so that the server sees nothing odd in
-its log. Only what a probe itself met counts; a 421 is the answer of a server that is well but busy.
+A probe speaks SMTP up to EHLO or LMTP up to LHLO (behind TLS as the pool has it) and says QUIT, so that the server
+sees nothing odd in its log. Only what a probe itself met counts; a 421 is the answer of a server that is well but busy.
 """
 
 from __future__ import annotations

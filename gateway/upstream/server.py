@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Address = tuple[str, int] | str
 """Numeric host and port, or the path of a unix socket."""
 
-DEFAULT_PORTS = {"smtp": 25, "smtps": 465}
+DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
 FRESH_SECONDS = 60.0
 STALE_SECONDS = 600.0
 RETRY_SECONDS = 5.0
@@ -42,7 +42,7 @@ class Target:
 
 
 def parse_server(url: str) -> Target:
-    """Read `smtp://host[:port]`, `smtps://...`, `[smtp+]unix:/path` or a bare `host[:port]`.
+    """Read `smtp://host[:port]`, `smtps://...`, `lmtp://...`, `[lmtp+]unix:/path` or a bare `host[:port]`.
 
     IPv6 addresses stand in brackets. Raises ValueError with a text for the administrator. Servers come from the
     pipeline file and from auth servers, so this does not rely on the configuration's checks.
@@ -51,12 +51,12 @@ def parse_server(url: str) -> Target:
     if not separator:
         scheme, rest = "smtp", url
         head, unix, path = url.partition("unix:")
-        if unix and head in ("", "smtp+", "smtps+"):
+        if unix and (not head or (head[-1] == "+" and head[:-1] in DEFAULT_PORTS)):
             if not path.startswith("/") or "\0" in path:
                 raise ValueError(f"{url!r}: unix: needs an absolute path")
             return Target(head.rstrip("+") or "smtp", "", 0, "/" + path.lstrip("/"))
     if scheme not in DEFAULT_PORTS:
-        raise ValueError(f"{url!r}: unknown scheme {scheme!r}; smtp, smtps and unix are known")
+        raise ValueError(f"{url!r}: unknown scheme {scheme!r}; smtp, smtps, lmtp and unix are known")
     host, port = _host_and_port(url, rest.removesuffix("/"))
     return Target(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, "")
 
@@ -91,12 +91,13 @@ class Server:
     `active` connections are in use, `idle` ones wait for reuse. `failures` in a row; before `ejected_until`
     (pool's clock) no session goes there, and for a while after it fewer do; `resting_until` see `Pool.failed`.
     `down` is the health check's word. `ehlo` is the last EHLO that the gateway saw in its own state: after TLS,
-    before it speaks for a client. `fixed` is the address of a server that has no name to look up.
+    before it speaks for a client. `fixed` is the address of a server that has no name to look up. `lmtp`: it speaks
+    LMTP (RFC 2033), not SMTP.
     """
 
     __slots__ = (
         "_addresses", "_fresh_until", "_lookup", "active", "down", "ehlo", "ejected_until", "failures", "fixed",
-        "idle", "implicit_tls", "key", "last_error", "local", "resting_until", "share", "target", "turn", "url",
+        "idle", "implicit_tls", "key", "last_error", "lmtp", "local", "resting_until", "share", "target", "turn", "url",
         "weight",
     )  # fmt: skip
 
@@ -108,6 +109,7 @@ class Server:
         self.key = blake2b(self.url.encode(), digest_size=16).digest()
         self.weight = weight
         self.implicit_tls = self.target.scheme == "smtps"
+        self.lmtp = self.target.scheme == "lmtp"
         self.fixed = _fixed(self.target)
         self.local = bool(self.target.path) or (bool(self.fixed) and ipaddress.ip_address(self.target.host).is_loopback)
         self.active = 0

@@ -1,4 +1,4 @@
-"""The server's side of an SMTP conversation: commands out, replies in, and never out of step.
+"""The server's side of an SMTP or LMTP conversation: commands out, replies in, and never out of step.
 
 What keeps the two sides in step: every command that was sent is owed one reply, replies are taken in order, and a
 server that speaks when nothing is owed is not believed again. A connection ends through `quit`, `end_quietly`,
@@ -128,7 +128,12 @@ class Connection:
     @property
     def idle(self) -> bool:
         """No reply is owed, none came unasked, no content is under way and the peer is still there."""
-        return not (self.closing or self._due or self._content or self._out_of_turn() or self.wire.eof)
+        return not (self.closing or self._due or self._content or self.wire.eof or self._out_of_turn())
+
+    @property
+    def spoke_early(self) -> bool:
+        """Whether the server closed, or said something that nothing asked for, while no reply is owed."""
+        return self.wire.eof or (not self._due and self._out_of_turn())
 
     # -- talking
 
@@ -180,8 +185,7 @@ class Connection:
     async def reply(self, timeout: float | None = None) -> Reply:
         """The next reply that is owed, at most `timeout` seconds from now (default: the pool's command_timeout).
 
-        Without one owed, it is the reply to what was just written straight to the wire (the end of data). Raises
-        UpstreamError.
+        Without one owed, it is the reply to what was just written straight to the wire. Raises UpstreamError.
         """
         if self._fault is None and not self._due and self._out_of_turn():
             self._fault = self.unasked()
@@ -240,20 +244,37 @@ class Connection:
             return self.failed("lost", f"421 {self._replies[0].text}")
         return self.failed("garbage", "sent a reply to nothing")
 
+    def end_of_data(self, data: bytes, replies: int = 1) -> None:
+        """The last octets of content and the line that ends it, which are owed one reply, or with LMTP one a recipient.
+
+        Never raises: what is wrong with the connection, the next `reply` tells.
+        """
+        self._due += replies
+        self.wire.write(data)
+
+    def chunk(self, data: bytes, *, last: bool = False, replies: int = 1) -> None:
+        """A BDAT command with its octets (RFC 3030), the last one owed as many replies as an end of data.
+
+        Never raises, as `end_of_data`.
+        """
+        self._content = last
+        self.end_of_data(data, replies)
+
     # -- EHLO and MAIL
 
     async def hello(self, name: str = "", *, timeout: float | None = None) -> Reply:
-        """EHLO with our host name or `name`, HELO if the server knows no EHLO; the last reply.
+        """EHLO with our host name or `name`, HELO if the server knows no EHLO; with LMTP, LHLO. The last reply.
 
         `extensions` is what it announced; nothing after HELO or a refusal. Raises UpstreamError, LocalError.
         """
         argument = (name or self.hostname).encode("ascii", "replace")
         self.forget_hello()
         reusable = self.reusable
-        reply = await self.command(b"EHLO " + argument, timeout=timeout)
+        lmtp = self.server.lmtp
+        reply = await self.command((b"LHLO " if lmtp else b"EHLO ") + argument, timeout=timeout)
         if reply.code == 250:
             self.ehlo = _announced(reply)
-        elif reply.code >= 500 and not self.closing:
+        elif reply.code >= 500 and not self.closing and not lmtp:
             reply = await self.command(b"HELO " + argument, timeout=timeout)
             if reply.code == 250:
                 self.ehlo = Ehlo(reply.text.partition(" ")[0], {})

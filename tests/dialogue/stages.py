@@ -29,6 +29,7 @@ from gateway import (
     Upstream,
 )
 from gateway.protocol.sasl import verify_cram_md5
+from tests.dialogue.content_stages import Reads
 
 EarlyPhase = Literal["connect", "secure", "greeting", "helo", "mail", "rcpt", "data"]
 Said = Hold | Refuse | Allow | Rewrite | Edit | None
@@ -156,7 +157,7 @@ class Users(Stage):
 
 
 class ByDomainSettings(Settings):
-    """Pools by the recipient's domain."""
+    """Pools, or URLs of servers, by the recipient's domain."""
 
     short_form: ClassVar[str | None] = "pools"
 
@@ -174,7 +175,9 @@ class ByDomain(Stage):
 
     def route(self, session: Session, recipient: Recipient | None) -> Upstream | None:
         pool = self.settings.pools.get(recipient.domain) if recipient is not None else None
-        return Upstream(pool) if pool is not None else None
+        if pool is None:
+            return None
+        return Upstream(server=pool) if "://" in pool else Upstream(pool)
 
 
 class LessSettings(Settings):
@@ -199,5 +202,5 @@ class Less(Stage):
 
 
 STAGES: dict[str, type[Stage]] = {
-    "says": Says, "guard_says": GuardSays, "users": Users, "by_domain": ByDomain, "less": Less,
+    "says": Says, "guard_says": GuardSays, "users": Users, "by_domain": ByDomain, "less": Less, "reads": Reads,
 }  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.relay.spool import Spool, SpoolSpace
 from gateway.testing.dialogue import MODES, Player, Transcript, Upstream, parse
 from gateway.testing.gateway import free_port, running
 from tests.dialogue.stages import STAGES
@@ -19,6 +20,7 @@ CASES = [
     for mode in transcript.modes
 ]
 EHLO = ["PIPELINING", "SIZE 10000000", "8BITMIME", "SMTPUTF8", "DSN", "ENHANCEDSTATUSCODES"]
+LEFT_SECONDS = 10.0  # for what ends by itself after the last session
 PLAYED: dict[str, tuple[bool, bool, bool]] = {}
 
 
@@ -27,6 +29,20 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]
     """uvloop; asyncio for the mode of that name."""
     mode = request.node.callspec.params.get("mode", "plain")
     return "asyncio", {"use_uvloop": mode != "asyncio"}
+
+
+@pytest.fixture
+def spools(monkeypatch: pytest.MonkeyPatch) -> list[Spool]:
+    """Every spool that is made."""
+    made: list[Spool] = []
+    plain = Spool.__init__
+
+    def noted(spool: Spool, space: SpoolSpace) -> None:
+        made.append(spool)
+        plain(spool, space)
+
+    monkeypatch.setattr(Spool, "__init__", noted)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -49,21 +65,23 @@ async def test_dialogue(
     mode: str,
     tls_files: tuple[Path, Path],
     client_certificate: tuple[Path, Path],
+    spools: list[Spool],
     request: pytest.FixtureRequest,
 ) -> None:
+    running_before = asyncio.all_tasks()
     play = transcript.play
     ehlo = play.get("ehlo", EHLO)
     assert isinstance(ehlo, list)
     upstreams = {"U": Upstream(ehlo), "V": Upstream(ehlo)}
     ports = {name: await upstream.start() for name, upstream in upstreams.items()}
     port = free_port()
-    scheme = "smtps" if mode == "tls" else "smtp"
+    scheme = "smtps" if mode == "tls" else transcript.protocol("C")
     assume = {"assume": play.get("assume", ehlo)}
     pipeline: dict[str, object] = {
         "hostname": "gateway.test",
         "listen": [{"url": f"{scheme}://127.0.0.1:{port}", **_mapping(play.get("listen"))}],
         "relay": "open",
-        "upstreams": {"mta": {"servers": ["smtp://<U>"], "capabilities": assume, **_mapping(play.get("pool"))}},
+        "upstreams": {"mta": {"servers": [f"{transcript.protocol('U')}://<U>"], "capabilities": assume, **_mapping(play.get("pool"))}},
         "stages": [{"splice": {"handoff": "never"}}],
         **transcript.pipeline,
     }
@@ -86,6 +104,7 @@ async def test_dialogue(
             try:
                 await player.play()
                 await gateway.idle()
+                assert gateway.pipeline.served is not None and gateway.pipeline.served.spool.used == 0
             finally:
                 for upstream in upstreams.values():
                     upstream.stop()  # a QUIT that the script does not show is not waited for
@@ -95,6 +114,9 @@ async def test_dialogue(
     finally:
         for upstream in upstreams.values():
             upstream.stop()
+    left = asyncio.all_tasks() - running_before
+    assert not left or not (await asyncio.wait(left, timeout=LEFT_SECONDS))[1], "tasks that nobody ends"
+    assert all(spool._closed for spool in spools), "a message that is kept for nobody"
 
 
 def test_each_was_played_as_it_claims(request: pytest.FixtureRequest) -> None:

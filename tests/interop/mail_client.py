@@ -96,8 +96,9 @@ async def connected(
     ca: Path | None = None,
     name: str = "",
     first: bytes = b"",
+    hello: str = "EHLO",
 ) -> AsyncIterator[MailClient]:
-    """A client that has read the greeting and said EHLO; `first` goes out before (a PROXY header).
+    """A client that has read the greeting and said EHLO (or LHLO); `first` goes out before (a PROXY header).
 
     The server's certificate is verified with `ca` and for `name`.
     """
@@ -112,7 +113,7 @@ async def connected(
             await client.send(first)
         greeting = await client.reply()
         assert greeting.startswith("220"), greeting
-        ehlo = await client.say("EHLO client.test")
+        ehlo = await client.say(f"{hello} client.test")
         assert ehlo.startswith("250"), ehlo
         if mode == "starttls":
             assert ca is not None

@@ -1,8 +1,10 @@
-"""Each file of pipelines/ as it stands: `gateway run` with the peers that it names, and mail through it."""
+"""The files of pipelines/ as they stand: `gateway run` with the peers that each names, and mail through it.
+
+For mx.yaml see test_mx.py.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.conftest import Authority, StartPostfix
+from tests.interop.conftest import Authority
 from tests.interop.gateway_process import GatewayProcess, installation
 from tests.interop.postfix_upstream import AUTHORIZED
-from tests.peers.clients import Swaks, burst, swaks, talk
-from tests.peers.dns import DnsServer
+from tests.peers.clients import Swaks, burst, swaks
 from tests.peers.postfix import Postfix
 from tests.peers.process import Process, free_port, scratch, wait_for
 
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.peers
 
 STARTTLS_PORT, TLS_PORT = PORTS = 2587, 2465
 DEMO = ("--auth-user", "demo@example.org", "--auth-password", "demo")
-NAME_SERVER = "127.5.3.1"
 
 
 @pytest.fixture
@@ -115,57 +115,6 @@ def test_submission_http_with_another_key(folder: Path) -> None:
         run = swaks(TLS_PORT, "--tlsc", "--auth", "PLAIN", *DEMO)
         assert run.status == 28, run.transcript
         assert any(reply.startswith("451 4.3.0") for reply in run.replies), run.transcript
-
-
-# -- mx -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("name_server", ["answers", "silent"])
-async def test_mx(folder: Path, start_postfix: StartPostfix, name_server: str) -> None:
-    """Postfix sees the client and its verified name, and mail for others or from the unwanted is refused."""
-    postfix = start_postfix(main=AUTHORIZED)
-    zone = {
-        "5.0.0.127.in-addr.arpa": {"PTR": ["spike.test."]},
-        "spike.test": {"A": ["127.0.0.5"]},
-    }
-    if name_server == "silent":
-        zone = {"5.0.0.127.in-addr.arpa": {"do": "silent"}}  # type: ignore[dict-item]
-    port = free_port()
-    variables = {"MX_LISTEN": f"127.0.0.1:{port}", "POSTFIX": f"127.0.0.1:{postfix.port}"}
-    served = GatewayProcess(folder, "pipelines/mx.yaml", variables=variables, name_server=NAME_SERVER)
-    async with DnsServer(zone, (NAME_SERVER, 53)) as server:
-        await asyncio.to_thread(
-            mx_serves, served, postfix, port, "spike.test" if name_server == "answers" else "unknown"
-        )
-        assert ("5.0.0.127.in-addr.arpa", "PTR", "udp") in server.asked
-
-
-def mx_serves(served: GatewayProcess, postfix: Postfix, port: int, name: str) -> None:
-    source = ("--local-interface", "127.0.0.5")
-    with served as gateway:
-        run = swaks(port, *source)
-        assert run.status == 0, run.transcript
-        postfix.wait_log(rf"client={name}\[127.0.0.5\]$")
-        if name == "unknown":
-            return
-        run = swaks(port, *source, to="somebody@foreign.test")
-        assert any(reply.startswith("550 5.7.1") for reply in run.replies), run.transcript
-        run = swaks(port, *source, "--from", "x@spam.example")
-        assert any(reply.startswith("55") for reply in run.replies), run.transcript
-        run = swaks(port, *source, to="nobody@local.test")
-        assert any(reply.startswith("550 5.1.1") for reply in run.replies), run.transcript
-        assert len(delivered(postfix, 1)) == 1
-        assert gateway.stop() == 0
-        taken = [record for record in gateway.records("transaction") if str(record["reply"]).startswith("250")]
-        assert [record["client"] for record in taken] == ["127.0.0.5"]
-
-
-def test_mx_fixed_port(folder: Path, start_postfix: StartPostfix) -> None:
-    """Without a word in the environment it listens where the file says; its Postfix is down, so clients wait."""
-    with GatewayProcess(folder, "pipelines/mx.yaml", ports=(2525,), variables={"POSTFIX": f"127.0.0.1:{free_port()}"}):
-        (greeting,) = talk(2525)
-        assert greeting.startswith("421 4."), greeting
 
 
 # -- smarthost ------------------------------------------------------------------------------------------------

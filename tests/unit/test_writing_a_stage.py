@@ -51,7 +51,7 @@ def cases() -> list[Any]:
 
 
 def test_it_has_stages_and_tests_for_them() -> None:
-    assert set(STAGES) == {"small_messages", "slow_guessers", "greylist"}
+    assert set(STAGES) == {"small_messages", "slow_guessers", "greylist", "forbidden_words", "footer"}
     assert len(TESTS) >= len(STAGES)
 
 

@@ -29,6 +29,8 @@ from gateway.values import NotA
         ("smtp://localhost:25", ListenUrl("smtp", "localhost", 25)),
         ("unix:/run/x", ListenUrl("smtp", path="/run/x")),
         ("smtps+unix:///run/x", ListenUrl("smtps", path="/run/x")),
+        ("lmtp://127.0.0.1:24", ListenUrl("lmtp", "127.0.0.1", 24)),
+        ("lmtp+unix:/run/x", ListenUrl("lmtp", path="/run/x")),
     ],
 )
 def test_listen(written: str, url: ListenUrl) -> None:
@@ -46,6 +48,8 @@ def test_listen(written: str, url: ListenUrl) -> None:
         ("[::1]:25", ServerUrl("smtp", "::1", 25)),
         ("smtp+unix:/run/x", ServerUrl("smtp", path="/run/x")),
         ("unix:/run/x", ServerUrl("smtp", path="/run/x")),
+        ("lmtp://store", ServerUrl("lmtp", "store", 24)),
+        ("lmtp+unix:/run/x", ServerUrl("lmtp", path="/run/x")),
         ("embedded://var/mail", ServerUrl("embedded", path="var/mail")),
         ("embedded:///var/mail", ServerUrl("embedded", path="/var/mail")),
     ],
@@ -53,6 +57,14 @@ def test_listen(written: str, url: ListenUrl) -> None:
 def test_server(written: str, url: ServerUrl) -> None:
     assert parse_server_url(written) == url
     assert parse_server_url(str(url)) == url
+
+
+def test_protocols() -> None:
+    for written in ("smtp://x:1", "smtps://x:1", "unix:/x"):
+        assert parse_listen_url(written).protocol == parse_server_url(written).protocol == "smtp"
+    for written in ("lmtp://x:1", "lmtp+unix:/x"):
+        assert parse_listen_url(written).protocol == parse_server_url(written).protocol == "lmtp"
+    assert parse_server_url("embedded://x").protocol == "smtp"
 
 
 def test_local_servers() -> None:
@@ -65,16 +77,18 @@ def test_local_servers() -> None:
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("imaps://x:993", "scheme 'imaps' is not available in this version; write smtp or smtps"),
+        ("imaps://x:993", "scheme 'imaps' is not available in this version; write smtp, smtps or lmtp"),
         ("x:25", "'x:25' has no scheme; write smtp://x:25"),
         ("smtps://x", "'smtps://x' has no port; write smtps://x:465"),
+        ("lmtp://x", "'lmtp://x' has no port; write lmtp://x:24"),
+        ("lmtp://x:25", "'lmtp://x:25' is SMTP's port, where LMTP must not be spoken (RFC 2033 5); write port 24"),
         ("smtp://x:", "'smtp://x:' is not a listen address; "
                       "write smtp://127.0.0.1:25, smtps://[::1]:465 or smtp+unix:/path"),
         ("smtp://x y:25", "'smtp://x y:25' has no valid host name; "
                           "write smtp://127.0.0.1:25, smtps://[::1]:465 or smtp+unix:/path"),
         ("unix:" + "/x" * 60, f"{'unix:' + '/x' * 60!r:.58}...' is longer than the 107 octets of a unix socket's path; "
                               "write a shorter path"),
-        ("embedded://x", "'embedded://x' has the unknown scheme 'embedded'; write smtp or smtps"),
+        ("embedded://x", "'embedded://x' has the unknown scheme 'embedded'; write smtp, smtps or lmtp"),
         (25, "25 is not a listen address; write smtp://127.0.0.1:25, smtps://[::1]:465 or smtp+unix:/path"),
     ],
 )  # fmt: skip

@@ -144,6 +144,35 @@ def test_what_else_is_asked_for_counts_too(tmp_path: Path) -> None:
     assert grade("always") == (HandOff.GREETING, "nothing is needed after the greeting")
 
 
+@pytest.mark.parametrize(
+    ("listen", "servers", "hand_off"),
+    [
+        (["lmtp"], ["lmtp"], HandOff.GREETING),
+        (["lmtp"], ["smtp"], HandOff.NEVER),
+        (["smtp"], ["lmtp"], HandOff.NEVER),
+        (["smtp", "lmtp"], ["smtp"], HandOff.NEVER),
+        (["smtp"], ["smtp", "lmtp"], HandOff.NEVER),
+    ],
+)
+def test_a_hand_off_needs_one_protocol(
+    tmp_path: Path, listen: list[str], servers: list[str], hand_off: HandOff
+) -> None:
+    """SMTP has one reply to the end of data, LMTP one a recipient."""
+    plan = plan_of(
+        tmp_path, [], "always", listen=[f"{scheme}://127.0.0.1:{2587 + n}" for n, scheme in enumerate(listen)],
+        upstreams={f"pool{n}": {"servers": [f"{scheme}://127.0.0.1:2525"]} for n, scheme in enumerate(servers)},
+    )  # fmt: skip
+    assert plan.hand_off is hand_off
+    assert [listener.protocol for listener in plan.listeners] == listen
+
+
+def test_lmtp_relays_for_nobody_either(tmp_path: Path) -> None:
+    lmtp: dict[str, object] = {"listen": ["lmtp://127.0.0.1:2524"], "relay": None}
+    (said,) = problems_of(tmp_path, [], **lmtp)
+    assert "an open relay" in said
+    assert plan_of(tmp_path, ["xclient"], **lmtp).listeners[0].protocol == "lmtp"
+
+
 def test_starttls_must_be_read(tmp_path: Path, tls_files: tuple[Path, Path]) -> None:
     certificates = {"certificates": [{"chain": str(tls_files[0]), "key": str(tls_files[1])}]}
     plain: dict[str, object] = {"url": "smtp://127.0.0.1:2587"}

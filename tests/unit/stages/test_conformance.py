@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,13 +10,36 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from gateway import Allow, Fact, Phase, Refuse, Scope, Session, Settings, Stage, Transaction, Upstream, Worker
+from gateway import (
+    AddHeader,
+    AddRecipient,
+    Allow,
+    Cause,
+    DeleteHeader,
+    Edit,
+    Edits,
+    Fact,
+    Message,
+    Phase,
+    Refuse,
+    ReplaceBody,
+    Reply,
+    Scope,
+    Session,
+    Settings,
+    Stage,
+    Transaction,
+    Upstream,
+    Worker,
+)
 from gateway.pipeline.registry import Registry
 from gateway.testing.conformance import ConformanceError, check_stage
 from gateway.testing.gateway import free_port
+from tests.peers.require import missing
 
 pytestmark = pytest.mark.anyio
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 SETTINGS: dict[str, list[object]] = {
     "access": [
         {"deny": ["192.0.2.0/24"], "allow": ["2001:db8::/32"]},
@@ -33,7 +57,18 @@ SETTINGS: dict[str, list[object]] = {
     ],
     "connection_limit": [3, {"per_network": 2, "per_pipeline": 5}],
     "greeting_delay": ["1s", {"seconds": "5s", "early": "observe"}],
+    "headers": [
+        [{"add": "X-Client", "expression": "client.address"}],
+        [{"delete": "X-*", "when": "!auth.trusted"}, {"change": "Subject", "matches": "^", "with": "[EXT] "}],
+    ],
+    "hop_limit": [None, {"max": 1, "delivered_to": True}],
+    "milter": ["unix:/nowhere/nobody.sock", {"socket": "inet:127.0.0.1:1", "connect": "early", "quarantine": "header"}],
+    "mime_guard": [None, {"extensions": ["bin"]}, {"action": "header", "defects": "refuse"}],
     "proxy_header": [1, {"version": 2, "session_id": True}],
+    "pymilter": [
+        {"class": "milter_filter:Filter", "path": str(EXAMPLES)},
+        {"class": "milter_filter:Filter", "path": str(EXAMPLES), "threads": 1, "quarantine": "route:mta"},
+    ],
     "rate_limit": [
         {"count": count, "limit": "3/minute"}
         for count in ("connections", "messages", "recipients", "auth_failures", "bytes")
@@ -44,6 +79,7 @@ SETTINGS: dict[str, list[object]] = {
     "reverse_dns": ["1s"],
     "route": ["mta", {"rules": [{"when": 'rcpt.domain == "example.net"', "to": "mta"}]}],
     "sender_login": [{"same_address": True, "required": True}, {"map": {"nobody": ["@example.org"]}}],
+    "size_limit": ["1k", {"max": 9, "rules": [{"when": 'rcpt.domain == "example.net"', "max": 100}]}],
     "splice": [None, "mta"],
     "upstream_auth": [{"user": "gateway", "password": "secret"}, {"credentials": "client", "verify": "upstream"}],
     "xclient": [None, "continue"],
@@ -53,6 +89,8 @@ SETTINGS: dict[str, list[object]] = {
 
 @pytest.mark.parametrize("name", Registry().names())
 async def test_installed_stages(name: str, tmp_path: Path) -> None:
+    if name == "pymilter" and importlib.util.find_spec("Milter") is None:
+        missing("pymilter is not installed")
     (tmp_path / "users").write_text("tim@example.org:{PLAIN}secret\n")
     port = str(free_port())  # nobody listens there
     for settings in SETTINGS[name]:
@@ -133,6 +171,61 @@ class Greedy(Stage):
         return ["plain"]
 
 
+class Sneaky(Stage):
+    """Changes more than it said."""
+
+    def edits(self, transaction: Transaction) -> Edits:
+        return "head"
+
+    async def message(self, session: Session, message: Message) -> Edit:
+        return Edit([ReplaceBody(b"")])
+
+
+class Silent(Stage):
+    """Changes what it said nothing of."""
+
+    async def message(self, session: Session, message: Message) -> Edit:
+        return Edit([AddHeader("X", "1")])
+
+
+class Early(Stage):
+    """Changes the message before it is there."""
+
+    def data(self, session: Session) -> Edit:
+        return Edit([DeleteHeader("X")])
+
+
+class Insatiable(Stage):
+    """Reads the body twice; and only of a message that has one."""
+
+    async def message(self, session: Session, message: Message) -> None:
+        async for _ in message.blocks():
+            await message.open()
+
+
+class Subjective(Stage):
+    """Thinks that every message has a subject, and refuses whom nobody named."""
+
+    async def message(self, session: Session, message: Message) -> Refuse:
+        subject = (await message.headers()).first("Subject")
+        if subject is None:
+            raise LookupError("no subject")
+        return Refuse(Cause.CONTENT, recipients={77: Reply.of("550 5.7.1 no")})
+
+
+class Wordless(Stage):
+    """Answers commands with what is no answer, and cannot make the field that it wants."""
+
+    def unknown(self, session: Session, command: str) -> Any:
+        return Allow()
+
+    def edits(self) -> Edits:
+        return "any"
+
+    async def message(self, session: Session) -> Edit:
+        return Edit([AddRecipient("a\r\nb@example.org")])
+
+
 class Slow(Stage):
     """Waits for ever; here its own timeout is not forgiven."""
 
@@ -188,6 +281,14 @@ class Needs(Stage):
                        "fact own.seen: the id is put in front of the name; write it without a dot",
                        "fact own.seen: the default '' is not of type int"]),
         (Needs, ["cannot be made: 1 validation error"]),
+        (Sneaky, ["message changes more than edits said, which was 'head'"]),
+        (Silent, ["message changes more than edits said, which was 'none'"]),
+        (Early, ["data gives an Edit with more than AddHeader; only the message phase may"]),
+        (Insatiable, ["message about a body of 200 kB raises RuntimeError: the body was read already"]),
+        (Subjective, ["message about an empty message raises LookupError: no subject",
+                      "message refuses recipients that are not of the message"]),
+        (Wordless, ["unknown answers Allow; only Refuse may be said there",
+                    "message gives an edit that cannot be made of a message: "]),
     ],
 )  # fmt: skip
 async def test_finds_what_breaks_the_contract(stage_type: type[Stage], findings: list[str]) -> None:

@@ -47,6 +47,8 @@ async def test_the_field_as_a_whole() -> None:
         (make_session(helo="c", tls=TLS), False, "ESMTPS"),
         (make_session(helo="c", user="a"), False, "ESMTPA"),
         (make_session(helo="c", user="a", tls=TLS), True, "UTF8SMTPSA"),
+        (make_session(helo="c", listen="lmtp://127.0.0.1:24"), False, "LMTP"),
+        (make_session(helo="c", listen="lmtp+unix:/run/x", tls=TLS), True, "UTF8LMTPS"),
     ],
 )
 async def test_protocols(session: Session, smtputf8: bool, protocol: str) -> None:

@@ -40,6 +40,17 @@ async def test_a_probe_of_servers_that_expect_a_proxy_header_says_local(peers: P
     await asyncio.wait_for(peer.gone.wait(), 5)
 
 
+async def test_an_lmtp_server_is_asked_with_lhlo(peers: Peers, ca_file: str) -> None:
+    """Again after STARTTLS."""
+    lhlo = EHLO.replace("EHLO", "LHLO")
+    peer = await peers("S: 220 mx\nC: LHLO gw.example\nS: 250-mx\nS: 250 STARTTLS\nC: STARTTLS\nS: 220 go\ntls\n" + lhlo
+                       + QUIT)  # fmt: skip
+    settings = PoolSettings(tls="required", ca_file=ca_file)
+    profile = await probe_server(Server(peer.url.replace("smtp:", "lmtp:")), settings, hostname="gw.example")
+    assert profile.ehlo.keywords == {"SIZE": "1000"}
+    await asyncio.wait_for(peer.gone.wait(), 5)
+
+
 async def test_a_probe_goes_behind_tls(peers: Peers, ca_file: str) -> None:
     peer = await peers(
         "S: 220 mx\nC: EHLO gw.example\nS: 250-mx\nS: 250 STARTTLS\nC: STARTTLS\nS: 220 go\ntls\n" + EHLO + QUIT

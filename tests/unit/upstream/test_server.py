@@ -20,6 +20,8 @@ from gateway.upstream.server import Server, parse_server
         ("127.0.0.9:25", "smtp://127.0.0.9:25", True),
         ("unix:/run/mta", "smtp+unix:/run/mta", True),
         ("smtps+unix:/run/mta", "smtps+unix:/run/mta", True),
+        ("lmtp://Store", "lmtp://store:24", False),
+        ("lmtp+unix:/run/lmtp", "lmtp+unix:/run/lmtp", True),
     ],
 )
 def test_urls_have_one_form(written: str, url: str, local: bool) -> None:

@@ -47,6 +47,26 @@ async def test_what_stages_see(connected: Connect) -> None:
     assert connection.wire.closed
 
 
+async def test_lmtp_is_greeted_with_lhlo_and_answers_each_recipient(peers: Callable[..., Awaitable[object]]) -> None:
+    """RFC 2033 4.1: a server that knows no LHLO is not asked with HELO; 4.2: the replies to the end of data."""
+    peer = await peers(
+        HELLO.replace("EHLO", "LHLO") + "C: DATA\nS: 354 go\nC: .\nS: 250 one\nS: 550 two" + QUIT,
+        "S: 220 mx\nC: LHLO gw.example\nS: 500 what" + QUIT,
+    )
+    server = Server(peer.url.replace("smtp:", "lmtp:"))  # type: ignore[attr-defined]
+    connection = await dial(server, PoolSettings(), hostname="gw.example")
+    assert server.lmtp and connection.extensions == {"PIPELINING": "", "SIZE": "1000"}
+    assert (await connection.command(b"DATA")).code == 354
+    connection.end_of_data(b".\r\n", 2)
+    assert [(await connection.reply()).code for _ in range(2)] == [250, 550]
+    assert connection.idle
+    connection.end_quietly()
+    await quits_done()
+    with pytest.raises(UpstreamError, match="LHLO refused: 500 what"):
+        await dial(server, PoolSettings(), hostname="gw.example")
+    await quits_done()
+
+
 async def test_a_command_and_its_reply_of_several_lines(connected: Connect) -> None:
     connection = await connected(HELLO + "C: NOOP\nS: 250-one\nS: 250 two" + QUIT)
     assert await connection.command(b"NOOP") == Reply(250, (b"one", b"two"))
