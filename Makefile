@@ -33,7 +33,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test-fast: check var/tls/development.crt
-	$(BIN)/pytest $(TWO) tests/unit tests/dialogue
+	$(BIN)/pytest $(TWO) -m "not slow" tests/unit tests/dialogue
 
 test: peers check var/tls/development.crt
 	$(BIN)/pytest $(TWO) tests

@@ -29,6 +29,10 @@ class Limits(BaseModel):
     header_size: Size = Field(
         262_144, description="Octets of the header section of a message that stages read; more are 552 5.3.4."
     )
+    header_fields: Count = Field(
+        5000,
+        description="Header fields of a message that stages read, each of which costs time; more are 552 5.3.4.",
+    )
     text_line: int = Field(
         0, ge=0, description="Octets of a line of content without its end (RFC 5322: 998); 0: no limit. 550 5.6.0."
     )

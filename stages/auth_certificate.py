@@ -114,6 +114,6 @@ def _named(der: bytes, email: bool) -> list[str]:
                 for value in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
                 if isinstance(value.value, str)
             ]
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+    except (ValueError, x509.InvalidVersion, x509.ExtensionNotFound, x509.DuplicateExtension):
         return []
     return [name for name in found if name and name.isprintable()]

@@ -25,16 +25,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
-from gateway import AddHeader as PutInFront
 from gateway import (
-    AddRecipient,
-    AppendHeader,
     Cause,
-    ChangeHeader,
-    ChangeSender,
-    DeleteHeader,
     Discard,
     Duration,
     Edit,
@@ -43,24 +37,19 @@ from gateway import (
     FilterConnection,
     FilterLost,
     FilterTimeouts,
-    InsertHeader,
     Kind,
     Message,
     NewBody,
     Operation,
     Outcome,
-    PoolReference,
     Recipient,
     Refuse,
-    RemoveRecipient,
     ReplaceBody,
-    Reply,
     Session,
     Settings,
     Stage,
     TextExpression,
     Transaction,
-    Upstream,
     Worker,
     connect_macros,
     helo_macros,
@@ -69,10 +58,10 @@ from gateway import (
     refused_rcpt_macros,
 )
 from gateway.protocol import milter
-from gateway.protocol.milter import Action
 from gateway.protocol.milter_mta import MilterMta, Unasked
+from stages.filter_words import Held, Quarantine, edits_of, operation, quarantined, refusal
+from stages.milter_session import Asked, Filter
 
-_HEADER_ACTIONS = Action.ADDHDRS | Action.CHGHDRS | Action.SETSYMLIST
 _STAGES = {
     "connect": milter.Stage.CONNECT,
     "helo": milter.Stage.HELO,
@@ -84,25 +73,6 @@ _STAGES = {
 }
 
 MacroStage = Literal["connect", "helo", "mail", "rcpt", "data", "eoh", "eom"]
-
-
-class Quarantine(BaseModel):
-    """What becomes of a message that the filter wants held: the gateway has no place to hold one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    action: Literal["refuse", "header", "route"] = Field(description="Refuse it, mark it, or send it elsewhere.")
-    pool: PoolReference | None = Field(None, description="Where it goes.")
-
-
-def _quarantine(value: object) -> object:
-    """`refuse`, `header` or `route:pool`."""
-    if not isinstance(value, str):
-        return value
-    action, _, pool = value.partition(":")
-    if action not in ("refuse", "header", "route") or (action == "route") != bool(pool):
-        raise ValueError(f"{value!r} is not what can become of a message; write refuse, header or route:<pool>")
-    return {"action": action, "pool": pool} if pool else {"action": action}
 
 
 def _socket(value: str) -> str:
@@ -135,8 +105,8 @@ class MilterSettings(Settings):
     define: Mapping[str, TextExpression] = Field(
         {}, description="Macros of your own, name to expression over facts; sent at MAIL where `macros` lists them."
     )
-    quarantine: Annotated[Quarantine, BeforeValidator(_quarantine)] = Field(
-        Quarantine(action="refuse"),
+    quarantine: Quarantine = Field(
+        Held.REFUSE,
         description="For a message that it wants held: refuse it, add the field X-Quarantine, or route:pool.",
     )
     long_fields: Literal["refuse", "skip", "truncate"] = Field(
@@ -144,31 +114,6 @@ class MilterSettings(Settings):
         description="Header fields over 64 KiB, which break libmilter filters: refuse the message (552 5.3.4), or do "
         "not show the field, or not its end.",
     )
-
-
-class _Filter:
-    """What a session has of its filter. `helo`: the name that it was told last, and whether inside of TLS.
-
-    `over`: the filter's word at CONNECT or HELO for all that follows.
-    """
-
-    def __init__(self) -> None:
-        self.connection: FilterConnection | None = None
-        self.helo: tuple[str, bool] | None = None
-        self.over: milter.Verdict | None = None
-
-
-class _Asked:
-    """What was said of one message. `over`: the filter wants to hear no more of it; `lost`: why it cannot."""
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.over = False
-        self.discard = False
-        self.lost = ""
-        self.edits: Edits = "any"
-        self.told: set[str] = set()
-        self.refused: list[tuple[str, Reply]] = []
 
 
 class Milter(Stage):
@@ -200,17 +145,17 @@ class Milter(Stage):
         return await self._early(session, greeting=True)
 
     async def helo(self, session: Session, name: str) -> Refuse | None:
-        session.state(self, _Filter).helo = None
+        session.state(self, Filter).helo = None
         return await self._early(session)
 
     async def _early(self, session: Session, *, greeting: bool = False) -> Refuse | None:
         """A filter that is away now may be there at MAIL, where its loss counts."""
         try:
-            return await self._ready(session, session.state(self, _Filter), greeting=greeting)
+            return await self._ready(session, session.state(self, Filter), greeting=greeting)
         except FilterLost:
             return None
 
-    async def _ready(self, session: Session, filter: _Filter, *, greeting: bool = False) -> Refuse | None:
+    async def _ready(self, session: Session, filter: Filter, *, greeting: bool = False) -> Refuse | None:
         """Have a connection that knows of client and HELO (at the `greeting`, of the client); its word on them.
 
         Raises FilterLost.
@@ -225,22 +170,20 @@ class Milter(Stage):
             mta, client = connection.mta, session.client
             mta.macros(milter.Stage.CONNECT, connect_macros(session))
             name = client.name or (f"[{client.address}]" if client.address else "localhost")
-            self._session_verdict(filter, await connection.say(mta.connect(name, client.address, client.port)))
+            filter.answer(await connection.say(mta.connect(name, client.address, client.port)))
         helo = session.helo, session.tls is not None
         if session.helo and helo != filter.helo and filter.over is None and not greeting:
             filter.helo = helo
             connection.mta.macros(milter.Stage.HELO, helo_macros(session))
-            self._session_verdict(filter, await connection.say(connection.mta.helo(session.helo)))
-        return None if filter.over is None else self._refusal(filter.over)
-
-    def _session_verdict(self, filter: _Filter, verdict: milter.Verdict) -> None:
-        if not isinstance(verdict, (milter.Continue, milter.Skip)):
-            filter.over = verdict
+            filter.answer(await connection.say(connection.mta.helo(session.helo)))
+        return None if filter.over is None else refusal(filter.over)
 
     # -- the envelope
 
     async def mail(self, session: Session, transaction: Transaction) -> Refuse | None:
-        filter, asked = session.state(self, _Filter), transaction.state(self, _Asked)
+        filter, asked = session.state(self, Filter), transaction.state(self, Asked)
+        if self._was_lost(asked):
+            return None
         try:
             refuse = await self._ready(session, filter)
         except FilterLost as lost:
@@ -253,7 +196,7 @@ class Milter(Stage):
         mta = filter.connection.mta
         own = {name: str(text.evaluate(session, transaction)) for name, text in self.settings.define.items()}
         mta.macros(milter.Stage.MAIL, {**mail_macros(session, transaction), **own})
-        asked.begun, asked.edits = True, _edits(mta.actions)
+        asked.begun, asked.edits = True, edits_of(mta.actions)
         data = mta.mail(f"<{transaction.sender}>", transaction.parameters)
         return await self._tell(session, asked, data, ends=True)
 
@@ -274,23 +217,23 @@ class Milter(Stage):
         return await self._tell(session, asked, connection.mta.data(), ends=True)
 
     async def unknown(self, session: Session, command: str) -> Refuse | None:
-        filter = session.state(self, _Filter)
+        filter = session.state(self, Filter)
         connection = filter.connection
         if connection is None or not connection.usable or filter.over is not None:
             return None
         word = command.split(" ", 1)[0]  # as Postfix does; what follows may be a secret
-        return self._refusal(await connection.say(connection.mta.unknown(word.encode("utf-8", "replace"))))
+        return refusal(await connection.say(connection.mta.unknown(word.encode("utf-8", "replace"))))
 
     def settled(self, session: Session, outcome: Outcome) -> None:
         """Filters may ask to hear of refused recipients, too: the next event carries them along."""
         transaction = session.transaction
         if outcome.phase != "rcpt" or outcome.reply is None or transaction is None or not transaction.has_state(self):
             return
-        asked = transaction.state(self, _Asked)
+        asked = transaction.state(self, Asked)
         if outcome.recipient and outcome.recipient not in asked.told and outcome.reply.code >= 400:
             asked.refused.append((outcome.recipient, outcome.reply))
 
-    async def _tell_refused(self, session: Session, connection: FilterConnection, asked: _Asked) -> None:
+    async def _tell_refused(self, session: Session, connection: FilterConnection, asked: Asked) -> None:
         """RCPT_REJ: what the filter answers means nothing."""
         refused, asked.refused = asked.refused, []
         if not connection.mta.wants_rejected_recipients:
@@ -306,10 +249,8 @@ class Milter(Stage):
         """A filter that agreed on no change, or wants to hear no more, holds nobody up."""
         if not transaction.has_state(self):
             return "any"
-        asked = transaction.state(self, _Asked)
-        if asked.over or asked.discard or not asked.begun:
-            return "none"
-        return asked.edits
+        asked = transaction.state(self, Asked)
+        return asked.edits if asked.listens else "none"
 
     async def message(self, session: Session, message: Message) -> Refuse | Edit | Discard | None:
         connection, asked = self._open_message(session)
@@ -325,7 +266,7 @@ class Milter(Stage):
         return await self._end_of_message(message, connection, asked)
 
     async def _content(
-        self, session: Session, message: Message, connection: FilterConnection, asked: _Asked
+        self, session: Session, message: Message, connection: FilterConnection, asked: Asked
     ) -> Refuse | None:
         """Header and body, until the filter has heard enough."""
         mta = connection.mta
@@ -359,7 +300,7 @@ class Milter(Stage):
                     return refuse
         return await self._body(session, asked, mta, body)
 
-    async def _body(self, session: Session, asked: _Asked, mta: MilterMta, body: bytes) -> Refuse | None:
+    async def _body(self, session: Session, asked: Asked, mta: MilterMta, body: bytes) -> Refuse | None:
         data = mta.body(body)
         while data:
             refuse = await self._heard(session, asked, data)
@@ -368,11 +309,11 @@ class Milter(Stage):
             data = mta.body()
         return None
 
-    async def _heard(self, session: Session, asked: _Asked, data: bytes) -> Refuse | None:
+    async def _heard(self, session: Session, asked: Asked, data: bytes) -> Refuse | None:
         return await self._tell(session, asked, data, content=True, ends=True)
 
     async def _end_of_message(
-        self, message: Message, connection: FilterConnection, asked: _Asked
+        self, message: Message, connection: FilterConnection, asked: Asked
     ) -> Refuse | Edit | Discard | None:
         """The verdict, and the changes that come before it."""
         operations: list[Operation] = []
@@ -395,7 +336,7 @@ class Milter(Stage):
                     ):  # fmt: skip
                         verdict = said
                     case _:
-                        operations.append(_operation(said, message.transaction))
+                        operations.append(operation(said, message.transaction))
             if isinstance(verdict, milter.ConnFail):
                 raise FilterLost(f"filter {self.settings.socket}: says that it failed")
         except FilterLost as lost:
@@ -404,38 +345,26 @@ class Milter(Stage):
         asked.over = True
         if isinstance(verdict, milter.Discard):
             return Discard("filter")
-        refuse = self._refusal(verdict)
+        refuse = refusal(verdict)
         if refuse is not None:
             return refuse
         if body is not None:
             operations.append(ReplaceBody(body))
-        return self._edit(operations, held)
-
-    def _edit(self, operations: list[Operation], held: str | None) -> Refuse | Edit | None:
-        """The changes, and what becomes of a message that the filter wants held."""
-        to = None
         if held is not None:
-            rule = self.settings.quarantine
-            if rule.action == "refuse":
-                return Refuse(Cause.CONTENT, log=f"quarantine: {held}")
-            if rule.action == "header":
-                reason = held.encode("ascii", "replace").decode().strip() or "yes"
-                operations.append(PutInFront("X-Quarantine", reason))
-            else:
-                to = Upstream(pool=str(rule.pool))
-        return Edit(operations, to) if operations or to is not None else None
+            return quarantined(operations, self.settings.quarantine, held)
+        return Edit(operations) if operations else None
 
     # -- what a filter says
 
-    def _open_message(self, session: Session) -> tuple[FilterConnection | None, _Asked]:
+    def _open_message(self, session: Session) -> tuple[FilterConnection | None, Asked]:
         """The connection on which this message is told; None if the filter has heard enough. Raises FilterLost."""
         transaction = session.transaction
         assert transaction is not None
-        asked = transaction.state(self, _Asked)
-        if asked.lost:
-            raise FilterLost(asked.lost)
-        connection = session.state(self, _Filter).connection
-        if asked.over or asked.discard or not asked.begun:
+        asked = transaction.state(self, Asked)
+        if self._was_lost(asked):
+            return None, asked
+        connection = session.state(self, Filter).connection
+        if not asked.listens:
             return None, asked
         assert connection is not None
         if connection.lost or connection.mta.expects_reply:
@@ -443,8 +372,14 @@ class Milter(Stage):
             raise FilterLost(asked.lost)
         return connection, asked
 
-    async def _said(self, session: Session, asked: _Asked, data: bytes, *, content: bool = False) -> milter.Verdict:
-        connection = session.state(self, _Filter).connection
+    def _was_lost(self, asked: Asked) -> bool:
+        """Whether it was lost to this message, which goes on without it. Raises FilterLost where it does not."""
+        if asked.lost and self.on_error != "pass" and self.mode != "observe":
+            raise FilterLost(asked.lost)
+        return bool(asked.lost)
+
+    async def _said(self, session: Session, asked: Asked, data: bytes, *, content: bool = False) -> milter.Verdict:
+        connection = session.state(self, Filter).connection
         assert connection is not None
         try:
             return await connection.say(data, content=content)
@@ -453,85 +388,22 @@ class Milter(Stage):
             raise
 
     async def _tell(
-        self, session: Session, asked: _Asked, data: bytes, *, content: bool = False, ends: bool = False
+        self, session: Session, asked: Asked, data: bytes, *, content: bool = False, ends: bool = False
     ) -> Refuse | None:
         """Write an event, take its answer; `ends`: a refusal is for the whole message."""
-        verdict = await self._said(session, asked, data, content=content)
-        if isinstance(verdict, milter.Accept):
-            asked.over = True
-        elif isinstance(verdict, milter.Discard):
-            asked.discard = True
-        refuse = self._refusal(verdict)
-        asked.over = asked.over or (ends and refuse is not None)
-        return refuse
-
-    def _refusal(self, verdict: milter.Verdict) -> Refuse | None:
-        """A refusal in the gateway's words, or in the filter's own."""
-        match verdict:
-            case milter.Reject():
-                return Refuse(Cause.POLICY, text="refused by a filter", temporary=False)
-            case milter.Tempfail():
-                return Refuse(Cause.CONTENT, text="try again later", temporary=True)
-            case milter.ReplyCode():
-                return Refuse(Cause.CONTENT, reply=verdict.reply)
-            case milter.Shutdown():
-                return Refuse(Cause.SHUTDOWN, disconnect=True, log="filter says shutdown")
-        return None
+        return asked.answer(await self._said(session, asked, data, content=content), ends=ends)
 
     # -- the ends
 
     def reset(self, session: Session, transaction: Transaction) -> None:
         """ABORT between messages, complete or not, as Postfix says it."""
-        if transaction.has_state(self) and transaction.state(self, _Asked).begun:
-            connection = session.state(self, _Filter).connection
+        if transaction.has_state(self) and transaction.state(self, Asked).begun:
+            connection = session.state(self, Filter).connection
             if connection is not None:
                 connection.abort()
 
     def close(self, session: Session) -> None:
         if session.has_state(self):
-            connection = session.state(self, _Filter).connection
+            connection = session.state(self, Filter).connection
             if connection is not None:
                 connection.close()
-
-
-def _edits(actions: Action) -> Edits:
-    """What the actions that a filter agreed on can do to a message."""
-    changes = actions & ~Action.SETSYMLIST
-    if not changes:
-        return "none"
-    return "any" if changes & ~_HEADER_ACTIONS else "head"
-
-
-def _operation(said: milter.Modification, transaction: Transaction) -> Operation:
-    """A filter's change as the gateway makes it. Values come with the blank behind the colon.
-
-    As with Postfix, a filter may set parameters of DSN, and no others.
-    """
-    match said:
-        case milter.AddHeader():
-            return AppendHeader(_text(said.name), _text(said.value), leading_space=False)
-        case milter.InsertHeader():
-            name, value = _text(said.name), _text(said.value)
-            return InsertHeader(said.index, name, value, leading_space=False, below_trace=True)
-        case milter.ChangeHeader():
-            if not said.value.strip():
-                return DeleteHeader(_text(said.name), max(1, said.index))
-            return ChangeHeader(_text(said.name), _text(said.value), max(1, said.index), leading_space=False)
-        case milter.AddRecipient():
-            return AddRecipient(said.address, tuple(_asked(said.parameters, "NOTIFY", "ORCPT").items()))
-        case milter.DeleteRecipient():
-            return RemoveRecipient(said.address)
-        case milter.ChangeSender():
-            asked = _asked(said.parameters, "RET", "ENVID")
-            parameters = {**dict(transaction.parameters), **asked}
-            return ChangeSender(said.address, tuple(parameters.items()) if asked else None)
-    raise TypeError(f"no change of a message: {type(said).__name__}")
-
-
-def _asked(parameters: tuple[tuple[str, str | None], ...], *names: str) -> dict[str, str | None]:
-    """Those of the parameters that have one of the names."""
-    return {name.upper(): value for name, value in parameters if name.upper() in names}
-
-
-def _text(octets: bytes) -> str:
-    return octets.decode("utf-8", "surrogateescape")

@@ -57,7 +57,8 @@ from gateway import (
     Stage,
     Transaction,
 )
-from gateway.protocol.mime import Defect, MimeLimits, MimeScanner, Part
+from gateway.protocol.mime import MimeLimits, MimeScanner, Part
+from gateway.protocol.mime_fields import Defect
 
 PROGRAMS = (
     "ade", "adp", "app", "appx", "bat", "chm", "cmd", "com", "cpl", "dll", "exe", "hta", "ins", "isp", "jar", "js",

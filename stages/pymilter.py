@@ -7,7 +7,7 @@ of its own. The callbacks run in threads, those of one session one after the oth
 the class disabled (`@Milter.nocallback`, what it does not override, `negotiate`) is not called. Macros are Postfix's;
 a class that asks for none by name can read all that are known. Changes are allowed in `eom` alone and made together
 with its verdict. Postfix's rules hold: an inserted field counts as if the MTA's own Received stood on top, a deleted
-one is gone from the count at once.
+one is gone from the count at once; of the ESMTP parameters of `addrcpt` and `chgfrom` those of DSN count, no others.
 
 The module is imported when the file is loaded, by `gateway check` too, with `path` behind the folders where Python
 looks for modules; `Milter.runmilter` belongs below `if __name__ == "__main__":`. `Milter.set_flags` at its top level,
@@ -25,7 +25,7 @@ the waiting for the client.
 | SKIP | in `body`: no more of the body |
 
 `quarantine` says what `self.quarantine(reason)` means here: `refuse` (default) refuses the message, `header` puts
-`X-Quarantine: reason` in front of it, `route:POOL` sends it to that pool. A callback that raises, returns what is
+`X-Quarantine: reason` in front of it, `route:pool` sends it to that pool. A callback that raises, returns what is
 none of these or takes longer than `timeout` is what `on_error` is for; after a time-out the instance is given up, and
 the next MAIL begins with a new one. The `threads` that hang in a filter are not free for others.
 
@@ -40,68 +40,40 @@ thread hop a callback, one for all header fields and one for each 64 KiB or more
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from socket import AF_INET, AF_INET6, AF_UNIX
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from gateway import (
-    AddHeader,
     Cause,
     Discard,
     Edit,
     Kind,
     Message,
     PathValue,
-    PoolReference,
     Recipient,
     Refuse,
     Session,
     Settings,
     Stage,
     Transaction,
-    Upstream,
     Worker,
 )
 from gateway.macros import connect_macros, helo_macros, mail_macros, rcpt_macros
 from gateway.protocol.milter import Action, Step
 from gateway.protocol.milter import Stage as At
+from stages.filter_words import Held, Quarantine, quarantined
 from stages.pymilter_context import Code, Threads
-from stages.pymilter_filter import MAX_BLOCK, HostAddress, MilterFilter, find_class
+from stages.pymilter_filter import MAX_BLOCK, MilterFilter, arguments_of, client_of, find_class
+from stages.pymilter_session import Mail, Question, Seat, refusal
 
 if TYPE_CHECKING:
     import structlog
 
-T = TypeVar("T")
-
-_WAYS = "refuse, header or route:POOL"
 _STOP = 5.0  # seconds for the last callbacks
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
-class Quarantine(BaseModel):
-    """What is done with a message that the filter wants held."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    action: Literal["refuse", "header", "route"] = Field(description="Refuse it, mark it, or send it elsewhere.")
-    pool: PoolReference | None = Field(None, description="Where it is sent.")
-
-
-def _quarantine(value: object) -> object:
-    if isinstance(value, str):
-        action, colon, pool = value.partition(":")
-        if (action in ("refuse", "header") and not colon) or (action == "route" and pool):
-            return {"action": action, "pool": pool.strip() or None}
-    elif isinstance(value, Quarantine):
-        return value
-    raise ValueError(f"not a way to quarantine; write {_WAYS}")
 
 
 class PymilterSettings(Settings):
@@ -113,14 +85,9 @@ class PymilterSettings(Settings):
     class_: str = Field(alias="class", description="The filter's class, as package.module:Class.")
     threads: int = Field(8, ge=1, le=256, description="Threads in which callbacks run: so many at the same time.")
     read_only: bool = Field(False, description="The filter may change nothing; messages are not spooled for it.")
-    quarantine: Annotated[
-        Quarantine,
-        BeforeValidator(_quarantine),
-        WithJsonSchema({"type": "string", "pattern": "^(?:refuse|header|route:.+)$", "x-kind": _WAYS}),
-    ] = Field(
-        Quarantine(action="refuse"),
-        description="What is done with a message that the filter quarantines.",
-        json_schema_extra={"x-default": "refuse"},
+    quarantine: Quarantine = Field(
+        Held.REFUSE,
+        description="For a message that it wants held: refuse it, add the field X-Quarantine, or route:pool.",
     )
 
     @field_validator("class_")
@@ -129,43 +96,6 @@ class PymilterSettings(Settings):
         if "path" in info.data:
             find_class(name, info.data["path"])
         return name
-
-
-@dataclass
-class _Mail:
-    """A message as the filter knows it: `open` until its verdict, without which it ends with `abort`.
-
-    `discarded` says where the filter said DISCARD. In `envrcpt` that is no verdict for libmilter, but no more follows.
-    `skipped`: it wants no more of the body.
-    """
-
-    filter: MilterFilter
-    open: bool = True
-    discarded: str = ""
-    skipped: bool = False
-
-    @property
-    def listens(self) -> bool:
-        """Whether the filter wants to hear more of it."""
-        return self.open and not self.discarded and not self.filter.lost
-
-
-@dataclass
-class _Seat:
-    """The filter of a session, another one after it was lost, and the last message that it was told of.
-
-    `refusal`: it refused in connect or hello. `done`: it accepted there, or wanted to hear of nothing.
-    """
-
-    filter: MilterFilter
-    mail: _Mail | None = None
-    refusal: Refuse | None = None
-    done: bool = False
-
-    @property
-    def listens(self) -> bool:
-        """Whether there is a filter that was told of the client and wants to hear more."""
-        return self.filter.introduced and not (self.filter.lost or self.done or self.refusal)
 
 
 class Pymilter(Stage):
@@ -182,7 +112,7 @@ class Pymilter(Stage):
         self._class = find_class(settings.class_, settings.path)
         self._threads = Threads(settings.threads, f"pymilter-{settings.class_}")
         no_edits = Action.SETSYMLIST
-        if settings.quarantine.action == "refuse":
+        if settings.quarantine is Held.REFUSE:
             no_edits |= Action.QUARANTINE
         self._edits = ~no_edits
         self._offered = Action.SETSYMLIST | (self._class.actions & (no_edits if settings.read_only else ~Action(0)))
@@ -214,7 +144,8 @@ class Pymilter(Stage):
 
     async def connect(self, session: Session) -> Refuse | None:
         """`connect`."""
-        return await self._introduce(session, self._seat(session), "")
+        seat = self._seat(session)
+        return await self._introduce(session, seat, "") if not seat.filter.lost else None
 
     async def helo(self, session: Session, name: str) -> Refuse | None:
         """`hello`; with `connect` if that was not called yet."""
@@ -235,6 +166,8 @@ class Pymilter(Stage):
     async def mail(self, session: Session, transaction: Transaction) -> Refuse | None:
         """`envfrom`; of a new instance if the last one was lost."""
         seat = self._seat(session)
+        if self._has_failed(self._mail_of(transaction)):
+            return None
         if seat.filter.lost:
             seat.filter = self._new_filter()
         if seat.refusal is not None:
@@ -246,12 +179,12 @@ class Pymilter(Stage):
         if seat.done:
             return None
         self._abort(session, seat.mail)
-        mail = seat.mail = transaction.state(self, lambda: _Mail(seat.filter))
-        arguments = _arguments(transaction.sender, transaction.parameters)
+        mail = seat.mail = transaction.state(self, lambda: Mail(seat.filter))
+        arguments = arguments_of(transaction.sender, transaction.parameters)
         macros = mail_macros(session, transaction)
         if seat.filter.steps & Step.NOHELO:  # nobody else tells these
             seat.filter.context.enter(At.HELO, helo_macros(session))
-        asked = _Question("envfrom", Step.NOMAIL, At.MAIL, macros, Cause.SENDER_REJECTED)
+        asked = Question("envfrom", Step.NOMAIL, At.MAIL, macros, Cause.SENDER_REJECTED)
         return await self._ask(session, mail, asked, lambda: mail.filter.envfrom(arguments))
 
     async def rcpt(self, session: Session, recipient: Recipient) -> Refuse | None:
@@ -260,9 +193,9 @@ class Pymilter(Stage):
         mail = self._open_mail(transaction)
         if transaction is None or mail is None:
             return None
-        arguments = _arguments(recipient.address, recipient.parameters)
+        arguments = arguments_of(recipient.address, recipient.parameters)
         macros = {"i": transaction.id, **rcpt_macros(recipient)}
-        asked = _Question("envrcpt", Step.NORCPT, At.RCPT, macros, Cause.RECIPIENT_REJECTED, ends=False)
+        asked = Question("envrcpt", Step.NORCPT, At.RCPT, macros, Cause.RECIPIENT_REJECTED, ends=False)
         return await self._ask(session, mail, asked, lambda: mail.filter.envrcpt(arguments))
 
     async def data(self, session: Session, transaction: Transaction) -> Refuse | None:
@@ -270,7 +203,7 @@ class Pymilter(Stage):
         mail = self._open_mail(transaction)
         if mail is None:
             return None
-        asked = _Question("data", Step.NODATA, At.DATA, {"i": transaction.id}, Cause.CONTENT)
+        asked = Question("data", Step.NODATA, At.DATA, {"i": transaction.id}, Cause.CONTENT)
         return await self._ask(session, mail, asked, mail.filter.data)
 
     async def message(self, session: Session, message: Message) -> Refuse | Edit | Discard | None:
@@ -286,7 +219,7 @@ class Pymilter(Stage):
         if mail is None or not mail.listens:
             return None
         macros, loop, filter = {"i": transaction.id}, asyncio.get_running_loop(), mail.filter
-        asked = _Question("eom", Step(0), At.EOM, macros, Cause.CONTENT)
+        asked = Question("eom", Step(0), At.EOM, macros, Cause.CONTENT)
         refuse = await self._ask(session, mail, asked, lambda: filter.eom(message, loop))
         mail.open = False
         if refuse is not None:
@@ -301,7 +234,7 @@ class Pymilter(Stage):
         if not seat.listens or seat.filter.steps & Step.NOUNKNOWN:
             return None
         code = await self._call(session, seat.filter, lambda: seat.filter.unknown(command))
-        return _refuse(seat.filter, code, Cause.POLICY, "unknown") if code is Code.TEMPFAIL else None
+        return refusal(seat.filter, code, Cause.POLICY, "unknown") if code is Code.TEMPFAIL else None
 
     def reset(self, session: Session, transaction: Transaction) -> None:
         """`abort` if the message ended without a verdict of the filter."""
@@ -315,28 +248,38 @@ class Pymilter(Stage):
 
     # -- the filter -----------------------------------------------------------------------------------------
 
-    def _seat(self, session: Session) -> _Seat:
-        return session.state(self, lambda: _Seat(self._new_filter()))
+    def _seat(self, session: Session) -> Seat:
+        return session.state(self, lambda: Seat(self._new_filter()))
 
     def _new_filter(self) -> MilterFilter:
         return MilterFilter(self._class, self._offered, self._threads)
 
-    def _mail_of(self, transaction: Transaction | None) -> _Mail | None:
+    def _mail_of(self, transaction: Transaction | None) -> Mail | None:
         """What the filter knows of the transaction."""
         if transaction is None or not transaction.has_state(self):
             return None
-        return transaction.state(self, lambda: _Mail(self._new_filter()))
+        return transaction.state(self, lambda: Mail(self._new_filter()))
 
-    def _open_mail(self, transaction: Transaction | None) -> _Mail | None:
-        """The same, if the filter wants to hear more of it."""
+    def _open_mail(self, transaction: Transaction | None) -> Mail | None:
+        """The same, if the filter wants to hear more of it. Raises RuntimeError as `_has_failed`."""
         mail = self._mail_of(transaction)
-        return mail if mail is not None and mail.listens else None
+        return mail if mail is not None and not self._has_failed(mail) and mail.listens else None
 
-    async def _introduce(self, session: Session, seat: _Seat, helo: str) -> Refuse | None:
+    def _has_failed(self, mail: Mail | None) -> bool:
+        """Whether nobody can tell what the filter thinks of the message, which goes on without it.
+
+        Raises RuntimeError where it does not: `on_error` holds for all of it.
+        """
+        failed = mail is not None and mail.failed
+        if failed and self.on_error != "pass" and self.mode != "observe":
+            raise RuntimeError("the filter failed earlier in this message")
+        return failed
+
+    async def _introduce(self, session: Session, seat: Seat, helo: str) -> Refuse | None:
         """`negotiate`, `connect` and, if the name is known, `hello`, in one go."""
         filter = seat.filter
         client, greeted = connect_macros(session), helo_macros(session)
-        name, family, address = _connected(session)
+        name, family, address = client_of(session)
         filter.introduced = True
 
         def introduce() -> Code:
@@ -351,20 +294,22 @@ class Pymilter(Stage):
 
         return await self._early(session, seat, introduce)
 
-    async def _early(self, session: Session, seat: _Seat, callback: Callable[[], Code]) -> Refuse | None:
+    async def _early(self, session: Session, seat: Seat, callback: Callable[[], Code]) -> Refuse | None:
         """What connect or hello decides is decided for the session. One that raised there is given up."""
         try:
             code = await self._call(session, seat.filter, callback)
-        except Exception:
+        except BaseException:
             self._leave(session, seat.filter, None)
+            if session.transaction is not None:
+                session.transaction.state(self, lambda: Mail(seat.filter, failed=True, open=False))
             raise
         seat.done = code is Code.ACCEPT
         if code in (Code.REJECT, Code.TEMPFAIL):
-            seat.refusal = _refuse(seat.filter, code, Cause.ACCESS_DENIED, "connect or hello")
+            seat.refusal = refusal(seat.filter, code, Cause.ACCESS_DENIED, "connect or hello")
         return seat.refusal
 
     async def _ask(
-        self, session: Session, mail: _Mail, asked: _Question, callback: Callable[[], Code]
+        self, session: Session, mail: Mail, asked: Question, callback: Callable[[], Code]
     ) -> Refuse | None:
         """Ask the filter about the message; what it says is kept in `mail`."""
         filter = mail.filter
@@ -378,20 +323,20 @@ class Pymilter(Stage):
 
         try:
             code = await self._call(session, filter, call)
-        except Exception:
-            mail.open = not asked.ends  # what it knows of this message is no more to be relied on
+        except BaseException:
+            mail.fail(asked)
             raise
-        return _decided(mail, code, asked)
+        return mail.answer(asked, code)
 
-    async def _content(self, session: Session, mail: _Mail, message: Message) -> Refuse | None:
+    async def _content(self, session: Session, mail: Mail, message: Message) -> Refuse | None:
         """Header and body."""
         filter = mail.filter
-        asked = _Question("header", Step(0), At.EOH, {"i": message.transaction.id}, Cause.CONTENT)
+        asked = Question("header", Step(0), At.EOH, {"i": message.transaction.id}, Cause.CONTENT)
         header = await message.headers()
         refuse = await self._ask(session, mail, asked, lambda: filter.header(header))
         if refuse is not None or not mail.open:
             return refuse
-        asked = _Question("body", Step.NOBODY, At.EOH, asked.macros, Cause.CONTENT)
+        asked = Question("body", Step.NOBODY, At.EOH, asked.macros, Cause.CONTENT)
         pending = b""
         async for block in message.blocks():  # to its end: eom comes behind it
             if mail.skipped:
@@ -417,13 +362,13 @@ class Pymilter(Stage):
             self._leave(session, filter, seat.mail if seat.filter is filter else None)
             raise
 
-    def _abort(self, session: Session, mail: _Mail | None) -> None:
+    def _abort(self, session: Session, mail: Mail | None) -> None:
         if mail is not None and mail.open:
             mail.open = False
             if not mail.filter.lost:
                 self._later(session, "abort", mail.filter, mail.filter.abort)
 
-    def _leave(self, session: Session, filter: MilterFilter, mail: _Mail | None) -> None:
+    def _leave(self, session: Session, filter: MilterFilter, mail: Mail | None) -> None:
         """The filter's end, behind what it is still asked."""
         if not filter.lost:
             self._abort(session, mail)
@@ -444,68 +389,7 @@ class Pymilter(Stage):
 
     def _changes(self, filter: MilterFilter) -> Refuse | Edit | None:
         """What eom wants done to the message."""
-        context, quarantine, pool = filter.context, self.settings.quarantine, None
-        operations = list(context.operations)
+        context, operations = filter.context, filter.context.operations
         if context.quarantined:
-            reason = _CONTROL.sub("?", context.quarantined)[:400]
-            if quarantine.action == "refuse":
-                return Refuse(Cause.CONTENT, log=f"quarantine: {reason}")
-            if quarantine.action == "header":
-                operations.insert(0, AddHeader("X-Quarantine", reason))
-            else:
-                pool = Upstream(str(quarantine.pool))
-        return Edit(operations, pool) if operations or pool is not None else None
-
-
-@dataclass(frozen=True)
-class _Question:
-    """What the filter is asked, the step that says it does not want it, its macros, and the cause of a refusal.
-
-    `ends`: a refusal is for the whole message.
-    """
-
-    name: str
-    unwanted: Step
-    at: At
-    macros: Mapping[str, str]
-    cause: Cause
-    ends: bool = True
-
-
-def _decided(mail: _Mail, code: Code, asked: _Question) -> Refuse | None:
-    """Take in what the filter said of a message."""
-    refused = code in (Code.REJECT, Code.TEMPFAIL)
-    if code is Code.ACCEPT or (asked.ends and (refused or code is Code.DISCARD)):
-        mail.open = False
-    mail.skipped = code is Code.SKIP
-    if code is Code.DISCARD:
-        mail.discarded = f"DISCARD in {asked.name}"
-    return _refuse(mail.filter, code, asked.cause, asked.name) if refused else None
-
-
-def _refuse(filter: MilterFilter, code: Code, cause: Cause, name: str) -> Refuse:
-    """A REJECT or TEMPFAIL; the filter's reply counts if it is of the same class, and 421 closes (libmilter)."""
-    temporary, reply = code is Code.TEMPFAIL, filter.context.reply
-    if reply is not None and reply.reply_class != (4 if temporary else 5):
-        reply = None
-    disconnect = reply is not None and reply.code == 421
-    return Refuse(cause, temporary=temporary, reply=reply, disconnect=disconnect, log=f"{code.name} in {name}")
-
-
-def _connected(session: Session) -> tuple[str, int, HostAddress]:
-    """What `connect` is given: the verified name, or the address in brackets as with Postfix; family; address."""
-    client = session.client
-    try:
-        address = ipaddress.ip_address(client.address)
-    except ValueError:  # over a unix socket
-        return "localhost", int(AF_UNIX), session.local[0] or "unix:"
-    name = client.name if client.name_status == "ok" and client.name else f"[{client.address}]"
-    if isinstance(address, ipaddress.IPv4Address):
-        return name, int(AF_INET), (client.address, client.port)
-    return name, int(AF_INET6), (client.address, client.port, 0, 0)
-
-
-def _arguments(address: str, parameters: Sequence[tuple[str, str | None]]) -> list[bytes]:
-    """The arguments of MAIL or RCPT as the filter gets them."""
-    words = [f"<{address}>", *(name if value is None else f"{name}={value}" for name, value in parameters)]
-    return [word.encode("utf-8", "surrogateescape") for word in words]
+            return quarantined(operations, self.settings.quarantine, context.quarantined)
+        return Edit(list(operations)) if operations else None

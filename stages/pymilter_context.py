@@ -17,28 +17,16 @@ from enum import IntEnum
 from queue import SimpleQueue
 from typing import Final, TypeVar
 
-from gateway import (
-    AddRecipient,
-    AppendHeader,
-    ChangeHeader,
-    ChangeSender,
-    DeleteHeader,
-    InsertHeader,
-    Message,
-    NewBody,
-    Operation,
-    RemoveRecipient,
-    ReplaceBody,
-    Reply,
-)
+from gateway import AppendHeader, Message, NewBody, Operation, RemoveRecipient, ReplaceBody, Reply
 from gateway.protocol.errors import LocalError, PeerError
 from gateway.protocol.milter import Action, Stage, macro_key, parse_replycode
 from gateway.protocol.milter_commands import split_parameters
 from gateway.protocol.milter_wire import value_from_wire
 from gateway.protocol.smtp import format_mail, format_rcpt
+from stages import filter_words
+from stages.filter_words import Parameters
 
 T = TypeVar("T")
-Parameters = tuple[tuple[str, str | None], ...]
 
 MAX_REPLY_LINES: Final = 32
 MAX_REPLY_LINE: Final = 980
@@ -174,7 +162,7 @@ class Context:
         if idx < 0:
             self.operations.append(AppendHeader(name, text, space))
         else:
-            self.operations.append(InsertHeader(idx, name, text, space, below_trace=True))
+            self.operations.append(filter_words.insert_field(idx, name, text, leading_space=space))
 
     def chgheader(self, field: str, idx: int, value: str | None) -> None:
         """Change the `idx`th field of that name (0 is read as 1); no value deletes it."""
@@ -182,20 +170,18 @@ class Context:
         name = self._name(field, "change header")
         if idx < 0:
             raise self._error("cannot change header: the index is negative")
-        if value:
-            self.operations.append(ChangeHeader(name, self._value(value), max(idx, 1), not self.leading_space))
-        else:
-            self.operations.append(DeleteHeader(name, max(idx, 1)))
+        text, space = self._value(value or ""), not self.leading_space
+        self.operations.append(filter_words.change_field(idx, name, text, leading_space=space))
 
     def addrcpt(self, rcpt: str, params: str | Sequence[str] | None = None) -> None:
-        """One more recipient, with ESMTP parameters if given."""
+        """One more recipient, with ESMTP parameters if given; those of DSN count."""
         self._editing(Action.ADDRCPT_PAR if params else Action.ADDRCPT, "add recipient")
         address, parameters = _bare(rcpt), _parameters(params)
         try:
             format_rcpt(address, parameters)
         except LocalError as error:
             raise self._error(f"cannot add recipient: {error}") from None
-        self.operations.append(AddRecipient(address, parameters))
+        self.operations.append(filter_words.add_recipient(address, parameters))
 
     def delrcpt(self, rcpt: str) -> None:
         """Take a recipient out."""
@@ -206,22 +192,14 @@ class Context:
         self.operations.append(RemoveRecipient(address))
 
     def chgfrom(self, sender: str, params: str | Sequence[str] | None = None) -> None:
-        """Another envelope sender.
-
-        Parameters are added to those of MAIL, in place of its RET and ENVID: the others describe the content.
-        """
+        """Another envelope sender, with ESMTP parameters if given; those of DSN count."""
         end = self._editing(Action.CHGFROM, "change sender")
-        address, parameters = _bare(sender), None
-        if params:
-            new = _parameters(params)
-            replaced = {keyword for keyword, _ in new} | {"RET", "ENVID"}
-            kept = [pair for pair in end.message.transaction.parameters if pair[0] not in replaced]
-            parameters = (*kept, *new)
+        address, parameters = _bare(sender), _parameters(params)
         try:
-            format_mail(address, parameters or ())
+            format_mail(address, parameters)
         except LocalError as error:
             raise self._error(f"cannot change sender: {error}") from None
-        self.operations.append(ChangeSender(address, parameters))
+        self.operations.append(filter_words.change_sender(address, parameters, end.message.transaction))
 
     def replacebody(self, body: bytes | str) -> None:
         """The new body, or the next piece of it."""

@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import difflib
 import importlib
+import ipaddress
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import AF_INET, AF_INET6, AF_UNIX
 from types import ModuleType
 from typing import Any, Final, Protocol, cast
 
-from gateway import Header, Message
+from gateway import Header, Message, Session
 from gateway.protocol.milter import Action, Step
 from gateway.protocol.milter_wire import value_to_wire
+from stages.filter_words import Parameters
 from stages.pymilter_context import Code, Context, Threads, Turns
 
 OFFERED: Final = Step(0x1FFFFF) & ~Step.RCPT_REJ
@@ -247,6 +250,25 @@ class MilterFilter:
             return Code.CONTINUE
         self.context.reply = None
         return code_of(callback(self._made), name)
+
+
+def client_of(session: Session) -> tuple[str, int, HostAddress]:
+    """What `connect` is given: the verified name, or the address in brackets as with Postfix; family; address."""
+    client = session.client
+    try:
+        address = ipaddress.ip_address(client.address)
+    except ValueError:  # over a unix socket
+        return "localhost", int(AF_UNIX), session.local[0] or "unix:"
+    name = client.name if client.name_status == "ok" and client.name else f"[{client.address}]"
+    if isinstance(address, ipaddress.IPv4Address):
+        return name, int(AF_INET), (client.address, client.port)
+    return name, int(AF_INET6), (client.address, client.port, 0, 0)
+
+
+def arguments_of(address: str, parameters: Parameters) -> list[bytes]:
+    """The arguments of MAIL or RCPT as the filter gets them."""
+    words = [f"<{address}>", *(name if value is None else f"{name}={value}" for name, value in parameters)]
+    return [word.encode("utf-8", "surrogateescape") for word in words]
 
 
 def code_of(answer: object, name: str) -> Code:

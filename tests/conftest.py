@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,12 @@ import pytest
 # A busy machine is no bug: examples have no time limit of their own.
 hypothesis.settings.register_profile("gateway", deadline=None)
 hypothesis.settings.load_profile("gateway")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported and collected stays: no garbage collection need walk through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(

@@ -158,6 +158,7 @@ class _Changes:
                 self._replace(operation)
             case AddRecipient():
                 format_rcpt(operation.address, operation.parameters)
+                self._can_be_said(operation.address)
                 self._recipients().add(operation)
             case RemoveRecipient():
                 self._recipients().remove(operation.address)
@@ -165,6 +166,7 @@ class _Changes:
                 self._sender = operation.address
                 self._parameters = self._parameters if operation.parameters is None else operation.parameters
                 format_mail(self._sender, self._parameters)
+                self._can_be_said(self._sender)
             case _:
                 assert_never(operation)
 
@@ -183,6 +185,11 @@ class _Changes:
         if (self._sender, self._parameters) != (draft.sender, draft.parameters):
             draft.sender, draft.parameters = self._sender, self._parameters
             draft.restart = True
+
+    def _can_be_said(self, address: str) -> None:
+        """Raises ValueError for an address that MAIL had to announce (RFC 6531 3.4)."""
+        if not address.isascii() and ("SMTPUTF8", None) not in self._parameters:
+            raise ValueError(f"{address!r} in a message without SMTPUTF8")
 
     def _fields(self) -> HeaderChanges:
         if self._header is None:

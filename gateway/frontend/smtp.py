@@ -303,9 +303,12 @@ class SmtpConversation:
             raise Closing("TLS hello on a plain port")
 
     async def _unknown(self, line: bytes) -> None:
-        """A command that nobody knows: 500, or what a stage says for now (`unknown`)."""
+        """A command that nobody knows: 500, or what a stage says for now (`unknown`).
+
+        Between chunks stages are at the message: another question would come in the middle of what they are asked.
+        """
         refuse = None
-        if self.chain.unknown:
+        if self.chain.unknown and self.bdat is None:
             refuse = await self.chain.ask_unknown(self.session, line.decode("utf-8", "replace"))
         if refuse is None:
             self.error("500 5.5.2 command not recognized")
@@ -451,7 +454,8 @@ class SmtpConversation:
         A refusal that says so ends the session.
         """
         if result.until:
-            in_group = phase in ("mail", "rcpt") and "PIPELINING" in self.offer
+            # Octets of a chunk come right behind their command (RFC 3030 2).
+            in_group = self.bdat is not None or (phase in ("mail", "rcpt") and "PIPELINING" in self.offer)
             early = await self.hold(result.until, result.early, in_group=in_group)
             if early is not None:
                 await self.refuse_and_close(early, phase, result.stage)

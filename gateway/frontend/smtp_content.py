@@ -42,6 +42,9 @@ BLOCK = 1 << 18
 CLEANING_SECONDS = 5.0  # how long a stage that was cancelled may take to put its things in order
 WITHHELD_SECONDS = 120.0  # how long an upstream that has the content waits for its end
 GO_ON = Reply.of("354 End data with <CR><LF>.<CR><LF>")
+HEADER_TOO_BIG = Refuse(
+    Cause.MESSAGE_TOO_BIG, text="header of message too big", log="limits.header_size or limits.header_fields"
+)
 DISCARDED = Reply.of("250 2.0.0 Ok: discarded")
 
 
@@ -58,7 +61,7 @@ class FilteredContent:
         checks: ContentChecks,
         end_timeout: float,
     ) -> None:
-        transaction = conversation.session.transaction
+        transaction, limits = conversation.session.transaction, conversation.limits
         assert transaction is not None
         self.conversation = conversation
         self.transaction = transaction
@@ -71,7 +74,7 @@ class FilteredContent:
         self.spool = Spool(conversation.served.spool)
         self._all_or_nothing = conversation.served.always_spool or conversation.lmtp
         self._keep = self.spool.reader(waiting=True)  # for whoever has not begun
-        self._reader: HeaderReader | None = HeaderReader(conversation.limits.header_size)
+        self._reader: HeaderReader | None = HeaderReader(limits.header_size, limits.header_fields)
         self._header = self._reader
         self._judging: asyncio.Task[None] | None = None
         self._reading: list[asyncio.Task[Result]] = []
@@ -154,7 +157,7 @@ class FilteredContent:
         if self._reader is not None and self._reader.feed(content):
             self._reader = None
             if self._header.header is None:
-                self._stop(Refuse(Cause.MESSAGE_TOO_BIG, text="header of message too big", log="limits.header_size"))
+                self._stop(HEADER_TOO_BIG)
             elif not last:
                 self._judging = asyncio.get_running_loop().create_task(self._judge())
                 self._tasks.append(self._judging)
@@ -167,7 +170,7 @@ class FilteredContent:
             self._reader.finish()
             self._reader = None
             if self._header.header is None:
-                self._stop(Refuse(Cause.MESSAGE_TOO_BIG, text="header of message too big", log="limits.header_size"))
+                self._stop(HEADER_TOO_BIG)
                 return
         self.spool.end()
 
@@ -414,6 +417,9 @@ class FilteredContent:
         try:
             while out.refused is None and (block := await reader.read(BLOCK)):
                 await out.send(block)
+        except OSError as error:  # of the file: Outgoing keeps those of the connection to itself
+            self._stop(Refuse(Cause.STAGE_FAILED, log=f"spool: {error.strerror or error}"))
+            return
         finally:
             reader.close()
         if out.refused is not None and not self._doomed:

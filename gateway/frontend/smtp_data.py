@@ -211,15 +211,15 @@ async def bdat(conversation: SmtpConversation, command: Command) -> bool:
     state = conversation.bdat
     state.chunks += 1
     if state.failed is None and state.relay is None:
-        before = len(conversation.out)
+        conversation.flush()  # what is queued from now on is the answer to this command
         reply = None
         if "CHUNKING" in conversation.offer:
             reply = await _begin_content(conversation)
         else:
             conversation.error("503 5.5.1 CHUNKING not offered")
         if reply is None:
-            said = b"".join(conversation.out[before:])
-            del conversation.out[before:]
+            said = b"".join(conversation.out)
+            conversation.out.clear()
             state.failed = Reply.of(said.decode("ascii", "replace").replace("\r\n", "\n").rstrip("\n"))
         else:
             state.relay = _content_relay(conversation)

@@ -112,7 +112,12 @@ class StageFailure(Exception):
 
 def unanswered(step: Step, error: BaseException) -> Refuse:
     """The verdict that `on_error` stands for."""
-    why = "time-out" if isinstance(error, TimeoutError) and not str(error) else f"{type(error).__name__}: {error}"
+    if isinstance(error, TimeoutError) and not str(error):
+        why = "time-out"
+    elif type(error).__module__.startswith("gateway."):
+        why = str(error)  # our own say all themselves
+    else:
+        why = f"{type(error).__name__}: {error}"
     text = f"{step.stage.id} in {step.phase.name.lower()}: {why}"
     if step.on_error == "reject":
         return Refuse(Cause.STAGE_FAILED, temporary=False, log=text)

@@ -32,13 +32,14 @@ _SCOPES = (Scope.SESSION, Scope.TRANSACTION, Scope.RECIPIENT)
 Listed = Callable[[str, str], bool]
 
 
-@dataclass(frozen=True, slots=True)
 class ConditionError(Exception):
     """The text is not a valid expression: `column` counts from 1 within it; `unknown` is a name nobody knows."""
 
-    text: str
-    column: int
-    unknown: str = ""
+    def __init__(self, text: str, column: int, unknown: str = "") -> None:
+        super().__init__(text)
+        self.text = text
+        self.column = column
+        self.unknown = unknown
 
 
 @lru_cache(maxsize=512)

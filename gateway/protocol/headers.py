@@ -194,17 +194,22 @@ class HeaderReader:
     """Finds the header section in the wire form (dot-stuffed, as `DataScanner` gives it) of a message in blocks.
 
     Afterwards `header` is the section and `body_offset` the octets of the wire form before the body; or
-    `too_big` is True and `header` None: more than `limit` octets without an end. What is kept is bounded by
-    `limit`, and the outcome does not depend on how the blocks were cut.
+    `too_big` is True and `header` None: more than `limit` octets without an end, or more than `max_fields` fields.
+    What is kept is bounded by `limit`, and the outcome does not depend on how the blocks were cut.
     """
 
-    __slots__ = ("_buffer", "_done", "_fields", "_limit", "_scanned", "_start", "body_offset", "header", "too_big")
+    __slots__ = (
+        "_buffer", "_count", "_done", "_fields", "_limit", "_max_fields", "_scanned", "_start", "body_offset", "header",
+        "too_big",
+    )  # fmt: skip
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, max_fields: int) -> None:
         self.header: Header | None = None
         self.body_offset = 0
         self.too_big = False
         self._limit = limit
+        self._max_fields = max_fields
+        self._count = 0
         self._buffer = bytearray()
         self._start = 0  # where the line begins whose end is not seen yet
         self._scanned = 0  # up to here there is no line end behind _start
@@ -221,6 +226,8 @@ class HeaderReader:
         while (stop := self._buffer.find(b"\r\n", self._scanned)) >= 0:
             if self._line(stop) or self._start > self._limit:
                 return self._end(self._start)
+            if self._count > self._max_fields:
+                return self._end(self._limit + 1)
         self._scanned = max(self._start, len(self._buffer) - 1)
         if len(self._buffer) < window:
             return False
@@ -241,15 +248,18 @@ class HeaderReader:
         if not self._continues(start):
             return True
         self._fields = self._fields or not self._mailbox_line(start)
+        self._count += self._buffer[start] not in _BLANKS
         self._start = self._scanned = stop + 2
         return False
 
     def _continues(self, start: int) -> bool:
         """Whether the line is a field, or the next line of one."""
+        if self._mailbox_line(start):
+            return True
         start += self._buffer[start] == _DOT
         if self._fields and start < len(self._buffer) and self._buffer[start] in _BLANKS:
             return True
-        return _FIELD.match(self._buffer, start) is not None or self._mailbox_line(start)
+        return _FIELD.match(self._buffer, start) is not None
 
     def _mailbox_line(self, start: int) -> bool:
         """Whether the line is one that programs put in front of a message; no field comes before it."""

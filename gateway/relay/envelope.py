@@ -57,7 +57,7 @@ def head_bytes(fields: Sequence[AddHeader]) -> bytes:
 class ContentRelay:
     """One message on its way upstream, unread. `size` counts its octets, dots unstuffed, as the client sent them."""
 
-    __slots__ = ("checks", "client", "data_timeout", "out", "size")
+    __slots__ = ("_headed", "checks", "client", "data_timeout", "out", "size")
 
     def __init__(self, client: Wire, out: Outgoing, checks: ContentChecks, data_timeout: float) -> None:
         self.client = client
@@ -65,11 +65,13 @@ class ContentRelay:
         self.checks = checks
         self.data_timeout = data_timeout
         self.size = 0
+        self._headed = False  # fields stand right before the next octet
 
     def head(self, fields: Sequence[AddHeader]) -> None:
         """Put fields in front of the message."""
         if fields:
             self.out.write(head_bytes(fields))
+            self._headed = True
 
     async def leave(self) -> None:
         """Give the message up (`abandon`)."""
@@ -139,4 +141,8 @@ class ContentRelay:
         if refuse is not None:
             self.out.stop(refuse)
         elif content:
+            if self._headed:
+                self._headed = False
+                if content[:1] in (b" ", b"\t"):  # of no field, and not to be read as more of ours
+                    content = b"\r\n" + content
             self.out.write(content, last=last)

@@ -84,6 +84,8 @@ _CONTENTS: Mapping[str, bytes] = {
     "MIME": _MIME,
     "8-bit octets": b"Subject: \xfc \xc3\xbc\r\nX: \x00\r\n\r\n\xff\xfe\x00\r\n",
     "MIME that is broken off": _MIME[:400],
+}
+_LARGE: Mapping[str, bytes] = {  # asked about in one session: they take their time
     "a header of 60 kB": b"Subject: x\r\n" + b"X-Long: " + b"y" * 900 + b"\r\n" + b"X: 1\r\n" * 9_900 + b"\r\nText\r\n",
     "a body of 200 kB": b"Subject: x\r\n\r\n" + b"0123456789012345678901234567890123456789\r\n" * 5_000,
 }  # fmt: skip
@@ -183,6 +185,7 @@ class _Asked:
         await self._call("start", FakeWorker())
         for session in _sessions():
             await self._session(session)
+        await self._messages(make_session(tls=TLS, helo="client.example"), _LARGE)
         untold = make_session()  # refused before this stage was asked
         await self._call("close", untold)
         await self._call("stop")
@@ -206,7 +209,11 @@ class _Asked:
             self._expect(good, f"unknown answers {type(verdict).__name__}; only Refuse may be said there")
         for sender in _SENDERS:
             await self._transaction(session, sender)
-        for name, content in _CONTENTS.items():
+        await self._messages(session, _CONTENTS)
+
+    async def _messages(self, session: Session, contents: Mapping[str, bytes]) -> None:
+        """One after the other, and the session's end."""
+        for name, content in contents.items():
             await self._transaction(session, "sender@example.org", name, content)
         await self._call("settled", session, Outcome("command", 4, Cause.TIMEOUT, "", None))
         await self._call("close", session)

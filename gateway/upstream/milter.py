@@ -20,6 +20,7 @@ from gateway.protocol.milter import (
     MilterError,
     Modification,
     Progress,
+    ReplaceBody,
     Skip,
     Stage,
     Verdict,
@@ -31,6 +32,8 @@ __all__ = ["FilterAddress", "FilterConnection", "FilterLost", "FilterTimeouts"]
 
 CONTINUE = Continue()
 HIGH = 1 << 18  # octets that the filter has not taken, above which we wait for it
+MAX_CHANGES = 10_000  # to one message, the pieces of a new body aside: they are kept until the verdict
+MAX_CHANGES_SIZE = 16 << 20  # octets of them
 
 
 class FilterLost(OSError):
@@ -123,7 +126,7 @@ class FilterConnection:
             except (OSError, WireTimeout) as failed:
                 error = failed
         else:
-            why = "time-out" if isinstance(error, TimeoutError) else str(error)
+            why = "time-out" if isinstance(error, TimeoutError) else _said(error)
             raise self._fail(f"cannot connect: {why}") from error
         self.lost = ""
         if not self.address.path:
@@ -157,12 +160,22 @@ class FilterConnection:
         return verdict
 
     async def end_of_message(self, data: bytes) -> AsyncIterator[Verdict | Modification | Unasked]:
-        """Write the end of the message; what the filter answers, changes first, as they come. Raises FilterLost."""
+        """Write the end of the message; what the filter answers, changes first, as they come.
+
+        Raises FilterLost, also for more changes than anybody has reason to make.
+        """
         self._write(data)
         # A libmilter filter writes its answer in small pieces: without this each waits 40 ms for our delayed ACK.
         if self._sock is not None and hasattr(socket, "TCP_QUICKACK"):
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        changes, size = 0, -self.wire.bytes_in
         async for event in self._answers(self.timeouts.content):
+            if isinstance(event, ReplaceBody):
+                size -= len(event.data)  # kept as content is, not in memory
+            else:
+                changes += 1
+                if changes > MAX_CHANGES or size + self.wire.bytes_in > MAX_CHANGES_SIZE:
+                    raise self._fail("makes too many changes to one message")
             yield event
 
     def abort(self) -> None:
@@ -236,3 +249,8 @@ class FilterConnection:
         if hasattr(self, "wire"):
             self.wire.abort()
         return FilterLost(self.lost)
+
+
+def _said(error: Exception | None) -> str:
+    """What went wrong, without the number of the error."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -304,6 +304,32 @@ async def test_a_stage_has_stopped_before_it_hears_of_the_end(ends: str) -> None
         assert upstream.contents == []
 
 
+@pytest.mark.anyio
+async def test_a_slow_client_costs_no_stage_its_time() -> None:
+    """The time-out of a stage is shorter than the client's pause, which a Hold in another session measures."""
+    chain = [
+        {"says": {"at": "rcpt", "only": "wait", "hold": 0.3}},
+        {"reads": {"id": "body", "timeout": "150ms"}},
+        {"reads": {"id": "whole", "read": "whole", "edits": "any", "add": "X-A: 1", "timeout": "150ms"}},
+        "splice",
+    ]
+    async with ObligingUpstream().listening() as upstream, between(upstream, {"stages": chain}) as gateway:
+        slow, clock = await Client.connected(gateway.port), await Client.connected(gateway.port)
+        for client in (slow, clock):
+            assert await client.code() == "220"
+            for command in ("EHLO c", "MAIL FROM:<a@example.org>"):
+                assert await client.say(command) == "250"
+        assert await slow.say("RCPT TO:<b@example.org>") == "250"
+        assert await slow.say("DATA") == "354"
+        await slow.send(b"Subject: x\r\n\r\nfirst\r\n")
+        assert await clock.say("RCPT TO:<wait@example.org>") == "250"
+        await slow.send(b"last\r\n.\r\n")
+        assert await slow.code() == "250"
+        assert upstream.contents == [b"\r\nX-A: 1\r\nSubject: x\r\n\r\nfirst\r\nlast\r\n"]
+        slow.leave()
+        clock.leave()
+
+
 # -- what the log says
 
 

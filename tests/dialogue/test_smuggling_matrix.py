@@ -34,6 +34,8 @@ from tests.dialogue.smuggling import (
 )
 from tests.dialogue.stages import STAGES
 
+pytestmark = pytest.mark.slow  # `make test` runs it, `make test-fast` does not
+
 GRADES: dict[str, list[object]] = {
     "envelope": [{"splice": {"handoff": "never"}}],
     "content": [{"reads": {"read": "body"}}, "splice"],

@@ -388,7 +388,7 @@ async def test_two_answers_to_one_event_are_one_too_many(event: str, action: str
             await client.say("RSET")
         await next_message(client, milter, 2)
     errors = {str(failure["error"]) for failure in records.all("stage_failure")}
-    why = f"FilterLost: filter {milter.address}: the filter speaks when no reply is due"
+    why = f"filter {milter.address}: the filter speaks when no reply is due"
     assert errors and all(why in error for error in errors)
 
 
@@ -668,6 +668,32 @@ async def test_a_recipient_that_met_the_fault_is_the_only_one_named(records: Rec
         for line in (RCPT, RCPT, "DATA"):
             assert (await client.say(line)).startswith("451 4.3.0 "), line
         await next_message(client, milter, 2)
+
+
+@pytest.mark.parametrize("how", [{"on_error": "pass"}, {"mode": "observe"}], ids=["pass", "observe"])
+@pytest.mark.parametrize("when", [{}, {"when": 'rcpt.to != ""'}], ids=["always", "from RCPT on"])
+@pytest.mark.parametrize("event", ["connect", "mail", "rcpt", "data", "body", "eom"])
+async def test_a_message_that_goes_on_without_it_has_one_record(
+    event: str, when: dict[str, object], how: dict[str, object], records: Records
+) -> None:
+    async with (
+        Upstream() as upstream,
+        ScriptedMilter({event: Close()}, {event: Close()}, {}) as milter,
+        serving(upstream, {"milter": {"socket": milter.address, **when, **how}}) as gateway,
+        unchanged(gateway),
+        connected(gateway) as client,
+    ):
+        await client.hello()
+        for number in (1, 2):
+            for line in (MAIL, RCPT, RCPT.replace("b@", "c@"), RCPT.replace("b@", "d@")):
+                assert (await client.say(line)).startswith("250"), line
+            assert (await client.say("DATA")).startswith("354")
+            client.send(CONTENT.replace(b"..", b"...") + b".\r\n")
+            assert await client.reply() == QUEUED
+            assert len(records.all("stage_failure")) == number
+        assert delivered(upstream) == [CONTENT, CONTENT] and milter.connections == 2
+        await next_message(client, milter, 3)
+    assert len(records.all("observed")) == (2 if "mode" in how else 0)
 
 
 @UVLOOP

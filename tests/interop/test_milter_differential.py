@@ -8,9 +8,8 @@ filter was told, and the macros that it knew. docs/milter.md lists KNOWN_DIFFERE
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -26,30 +25,12 @@ from tests.interop.generated_messages import (
     messages,
     strategy,
 )
+from tests.interop.milter_differences import ASPECTS, COUNT, Difference, compared, having
 from tests.interop.milter_legs import PIPELINE, Outcome, through_gateway, through_postfix
 
 pytestmark = [pytest.mark.peers, pytest.mark.anyio, pytest.mark.slow]
 
-COUNT = 200
-Aspect = Literal["replies", "stored", "events", "macros"]
 ORDER = ["connect", "helo", "mail", "rcpt", "data", "header", "eoh", "body", "eom", "abort", "close"]
-ASPECTS: tuple[Aspect, ...] = ("replies", "stored", "events", "macros")
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Messages for which `holds` is true may differ in these aspects; `why` is what the documentation says."""
-
-    name: str
-    aspects: frozenset[Aspect]
-    holds: Callable[[Message], bool]
-    why: str
-
-
-def having(*traits: str) -> Callable[[Message], bool]:
-    """Messages with one of these traits."""
-    return lambda message: not message.traits.isdisjoint(traits)
-
 
 KNOWN_DIFFERENCES = (
     Difference(
@@ -97,43 +78,6 @@ KNOWN_OF_BDAT = (
         "with a blank; the gateway reads content the same however it comes, as Postfix does by DATA.",
     ),
 )
-
-# -- the comparison ---------------------------------------------------------------------------------------------
-
-
-def compared(
-    mail: Sequence[Message], one: dict[int, Outcome], other: dict[int, Outcome], known: Sequence[Difference]
-) -> tuple[list[str], set[str]]:
-    """Differences that are not known, as texts; names of the known ones that were seen."""
-    unexplained: list[str] = []
-    seen: set[str] = set()
-    for message in mail:
-        for aspect in ASPECTS:
-            left, right = getattr(one[message.number], aspect), getattr(other[message.number], aspect)
-            if left == right:
-                continue
-            names = {each.name for each in known if aspect in each.aspects and each.holds(message)}
-            seen |= names
-            if not names:
-                traits = ", ".join(sorted(message.traits))
-                unexplained.append(f"message {message.number} ({traits}): {aspect}\n{contrast(left, right)}")
-    return unexplained, seen
-
-
-def contrast(left: object, right: object) -> str:
-    """Where two outcomes part, shortened."""
-    if isinstance(left, list) and isinstance(right, list):
-        pairs = enumerate(zip(left, right, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
-        left, right = left[same : same + 3], right[same : same + 3]
-    return f"  Postfix: {shortened(left)}\n  gateway: {shortened(right)}"
-
-
-def shortened(value: object) -> str:
-    """Its text, the middle of a long one left out."""
-    text = repr(value)
-    return text if len(text) < 800 else f"{text[:400]} ... {text[-400:]}"
-
 
 @pytest.fixture(scope="module")
 def mail() -> list[Message]:

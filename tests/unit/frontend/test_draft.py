@@ -244,6 +244,8 @@ class Anything:
 
 IMPOSSIBLE: list[tuple[Operation, type[Exception]]] = [
     (AddRecipient("a\r\nDATA"), LocalError),
+    (AddRecipient("\u00e9@example.net"), ValueError),
+    (ChangeSender("\u00e9@example.net"), ValueError),
     (ChangeSender("<>"), LocalError),
     (ChangeSender("ok@example.org", (("X Y", None),)), LocalError),
     (ReplaceBody(Anything()), ValueError),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from gateway import EvaluationError, Expression, Fact, Phase, Scope
@@ -126,6 +129,18 @@ def test_says_where_it_is_wrong(text: str, column: int, said: str) -> None:
         conditions.compile(Expression(text))
     assert said in caught.value.text
     assert caught.value.column == column
+
+
+def test_what_is_wrong_passes_through_a_context_manager() -> None:
+    """Which sets the traceback of what is raised through it."""
+
+    @contextmanager
+    def checking() -> Iterator[None]:
+        yield
+
+    with pytest.raises(ConditionError, match="undeclared reference to 'nope'") as caught, checking():
+        conditions.compile(Expression("tls.active && nope"))
+    assert (caught.value.column, caught.value.unknown) == (15, "nope")
 
 
 def test_the_result_has_the_type_of_the_setting() -> None:

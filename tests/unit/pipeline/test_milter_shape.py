@@ -547,13 +547,11 @@ class Breaks(Stage):
 async def test_a_hook_that_raises_is_never_the_end_of_a_session(tmp_path: Path, hook: str, codes: str) -> None:
     """Promise 4: what only looks or narrows does no harm, what prepares the upstream is a temporary failure."""
     with structlog.testing.capture_logs() as logs:
-        async with (
-            gateway_with({"breaks": {"at": hook}}, folder=tmp_path) as (gateway, upstream),
-            client_of(gateway) as client,
-        ):
-            assert await client.say("EHLO me") == "250"
-            assert await client.send("a@x.test", "b@x.test") == codes
-            assert await client.say("NOOP", "QUIT") == "250 221"
+        async with gateway_with({"breaks": {"at": hook}}, folder=tmp_path) as (gateway, upstream):
+            async with client_of(gateway) as client:
+                assert await client.say("EHLO me") == "250"
+                assert await client.send("a@x.test", "b@x.test") == codes
+                assert await client.say("NOOP", "QUIT") == "250 221"
             await gateway.idle()
             assert len(upstream.envelopes) == codes.endswith("354 250")
     assert {entry["phase"] for entry in logs if entry["event"] == "stage_failure"} == {hook}

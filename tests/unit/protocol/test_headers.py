@@ -87,8 +87,8 @@ def test_any_octets_come_back(data: bytes) -> None:
     assert all("\r" not in field.text and "\n" not in field.text for field in header.fields)
 
 
-def read(pieces: list[bytes], limit: int) -> HeaderReader:
-    reader = HeaderReader(limit)
+def read(pieces: list[bytes], limit: int, max_fields: int = 1000) -> HeaderReader:
+    reader = HeaderReader(limit, max_fields)
     for piece in pieces:
         if reader.feed(piece):
             break
@@ -98,6 +98,8 @@ def read(pieces: list[bytes], limit: int) -> HeaderReader:
 
 
 @given(TANGLED)
+@example(b".From x\r\n")
+@example(b".>From x\r\n")
 def test_reader_at_every_split(data: bytes) -> None:
     wire = stuffed(data)
     header, offset = parse_header(data)
@@ -148,7 +150,7 @@ def test_reader_keeps_a_long_line_of_a_body_without_header_out() -> None:
 
 @pytest.mark.parametrize("endless", [b"A" * 5000, b"A: " + b"x" * 5000, b"A: b\r\n" + b" c\r\n" * 2000])
 def test_reader_gives_up_beyond_the_limit(endless: bytes) -> None:
-    reader = HeaderReader(1000)
+    reader = HeaderReader(1000, 1000)
     assert reader.feed(endless)
     assert reader.too_big and reader.header is None
     with pytest.raises(LocalError):

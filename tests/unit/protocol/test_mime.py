@@ -13,7 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.protocol.headers import parse_header
-from gateway.protocol.mime import Defect, Found, MimeLimits, MimeScanner, Part, parse_content_field
+from gateway.protocol.mime import Found, MimeLimits, MimeScanner, Part
+from gateway.protocol.mime_fields import Defect, parse_content_field
 from gateway.testing.splits import splits
 
 

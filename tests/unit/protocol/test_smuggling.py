@@ -15,6 +15,8 @@ import pytest
 
 from gateway.protocol.content import DataScanner, DotStuffer
 
+pytestmark = pytest.mark.slow  # `make test` runs it, `make test-fast` does not
+
 SEQUENCES = [bytes(octets) for length in range(1, 8) for octets in itertools.product(b"\r\n.\0", repeat=length)]
 BEFORE = (b"x", b"")
 BEHIND = b"M"

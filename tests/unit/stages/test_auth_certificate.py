@@ -37,6 +37,7 @@ def make_certificate(emails: tuple[str, ...] = (), name: str = "") -> bytes:
 
 ALICE = make_certificate(("Alice@example.org", "sales@example.org"), "alice")
 NOBODY = make_certificate()
+NO_VERSION = ALICE.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x09", 1)  # there are 0 to 2
 
 
 def make_session(certificate: bytes | None, verified: bool = True) -> Session:
@@ -83,7 +84,8 @@ def test_users(settings: dict[str, object], authzid: str, user: str | None) -> N
 
 
 @pytest.mark.parametrize(
-    ("certificate", "verified"), [(ALICE, False), (None, False), (NOBODY, True), (b"\x30garbage", True)]
+    ("certificate", "verified"),
+    [(ALICE, False), (None, False), (NOBODY, True), (b"\x30garbage", True), (NO_VERSION, True)],
 )
 def test_what_is_no_proof(certificate: bytes | None, verified: bool) -> None:
     assert isinstance(make_stage().auth(make_session(certificate, verified), external()), Refuse)

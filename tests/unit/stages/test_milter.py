@@ -41,7 +41,7 @@ from gateway.testing.conformance import check_stage
 from gateway.testing.gateway import compiled, running
 from gateway.testing.messages import edited, make_message
 from gateway.testing.stages import TLS, FakeWorker, build, make_recipient, make_session, make_transaction
-from stages.milter import Milter, MilterSettings, Quarantine
+from stages.milter import Milter
 from tests.fault.client import Client, connected
 from tests.fault.upstream import Upstream as Server
 from tests.peers.scripted_milter import (
@@ -87,30 +87,6 @@ def test_settings() -> None:
     assert early.phases() == ("connect", "helo", "mail", "rcpt", "data", "message")
 
 
-QUARANTINES: dict[str, Quarantine | None] = {
-    "refuse": Quarantine(action="refuse"),
-    "header": Quarantine(action="header"),
-    "route:quarantine": Quarantine(action="route", pool="quarantine"),
-    "route": None,
-    "route:": None,
-    "refuse:quarantine": None,
-    "header:X-Held": None,
-    "hold": None,
-    "": None,
-    "Refuse": None,
-}
-
-
-@pytest.mark.parametrize("text", QUARANTINES)
-def test_quarantine(text: str) -> None:
-    expected = QUARANTINES[text]
-    if expected is None:
-        with pytest.raises(ValidationError, match=r"write refuse, header or route:<pool>"):
-            MilterSettings.model_validate({"socket": SOCKET, "quarantine": text})
-    else:
-        assert MilterSettings.model_validate({"socket": SOCKET, "quarantine": text}).quarantine == expected
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -143,10 +119,11 @@ def test_a_pool_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         compiled(pipeline, tmp_path)
     (problem,) = caught.value.problems
-    assert "stages[0].milter.quarantine" in str(problem) and "no pool named 'hell' in upstreams" in str(problem)
+    assert "stages[0].milter.quarantine: " in str(problem) and "no pool named 'hell' in upstreams" in str(problem)
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
 @pytest.mark.parametrize("connect", ["mail", "early"])
 @pytest.mark.parametrize(
     ("script", "greeting"),
