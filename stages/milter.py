@@ -263,7 +263,7 @@ class Milter(Stage):
             return Discard("filter")
         if ended is not None or asked.over:
             return ended
-        return await self._end_of_message(message, connection, asked)
+        return await self._end_of_message(session, message, connection, asked)
 
     async def _content(
         self, session: Session, message: Message, connection: FilterConnection, asked: Asked
@@ -313,12 +313,13 @@ class Milter(Stage):
         return await self._tell(session, asked, data, content=True, ends=True)
 
     async def _end_of_message(
-        self, message: Message, connection: FilterConnection, asked: Asked
+        self, session: Session, message: Message, connection: FilterConnection, asked: Asked
     ) -> Refuse | Edit | Discard | None:
         """The verdict, and the changes that come before it."""
         operations: list[Operation] = []
         body: NewBody | None = None
         held: str | None = None
+        unasked: set[str] = set()
         verdict: milter.Verdict = milter.Continue()
         try:
             async for said in connection.end_of_message(connection.mta.end_of_message()):
@@ -329,7 +330,7 @@ class Milter(Stage):
                     case milter.Quarantine():
                         held = said.reason
                     case Unasked():
-                        self._log.warning("filter_action", stage=self.id, action=said.action.name)
+                        unasked.add(said.action.name or str(said.action))
                     case (
                         milter.Continue() | milter.Accept() | milter.Reject() | milter.Tempfail() | milter.Discard()
                         | milter.Skip() | milter.ReplyCode() | milter.Shutdown() | milter.ConnFail()
@@ -342,6 +343,9 @@ class Milter(Stage):
         except FilterLost as lost:
             asked.lost = str(lost)
             raise
+        finally:
+            if unasked:
+                self._log.warning("filter_action", stage=self.id, session=session.id, action=" ".join(sorted(unasked)))
         asked.over = True
         if isinstance(verdict, milter.Discard):
             return Discard("filter")

@@ -219,7 +219,6 @@ class SmtpConversation:
 
     async def _commands(self) -> bool:
         """Take commands until the session ends (True) or XCLIENT starts it anew (False)."""
-        wire = self.wire
         while True:
             try:
                 line = await self._next_line()
@@ -228,9 +227,7 @@ class SmtpConversation:
                 continue
             if self.served.draining and self.session.transaction is None:
                 await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "command")
-            if wire.bare_lf and not self.trusted_lines:
-                self.write(b"500 5.5.2 bare <LF> received\r\n")
-                raise Closing("bare LF in a command")
+            self.refuse_bare_lf()
             if self.transcript is not None:
                 self.transcript.from_client(line)
             try:
@@ -301,6 +298,12 @@ class SmtpConversation:
         if wire.peek(2) == NON_SMTP_TLS:
             self.write(b"554 5.5.0 this port starts in clear text; use STARTTLS or the TLS port\r\n")
             raise Closing("TLS hello on a plain port")
+
+    def refuse_bare_lf(self) -> None:
+        """A line that a bare LF ended: two sides may not agree where it ends (promise 5). Raises Closing."""
+        if self.wire.bare_lf and not self.trusted_lines:
+            self.write(b"500 5.5.2 bare <LF> received\r\n")
+            raise Closing("bare LF in a command")
 
     async def _unknown(self, line: bytes) -> None:
         """A command that nobody knows: 500, or what a stage says for now (`unknown`).

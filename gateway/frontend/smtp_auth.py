@@ -116,6 +116,7 @@ async def _ask(conversation: SmtpConversation, challenge: bytes) -> bytes:
         line = await wire.line(conversation.limits.auth_line)
     except LineTooLong:
         raise PeerError("SASL response too long", b"500 5.5.6 authentication line too long") from None
+    conversation.refuse_bare_lf()
     if conversation.transcript is not None:
         conversation.transcript.from_client_secret()
     if sasl.is_cancel(line):

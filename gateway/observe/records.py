@@ -170,8 +170,8 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         {**_STAGE, "session": "Id of the session.", "server": "URL of the server.", "reply": "Its reply."},
     ),
     "filter_action": RecordSpec(
-        "A milter asked for a change that it had not announced; it was not made.",
-        {**_STAGE, "action": "What it asked for."},
+        "A milter asked for changes to a message that it had not announced; they were not made.",
+        {**_STAGE, "session": "Id of the session.", "action": "What it asked for."},
     ),
     "not_counted": RecordSpec(
         "A limit could not count something that had happened already: the store did not answer.",

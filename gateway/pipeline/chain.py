@@ -189,7 +189,7 @@ class Chain:
                             if isinstance(subject, Timed):
                                 subject.clock = clock
                             verdict = await verdict
-                    _check_answer(step, verdict)
+                    _check_answer(step, verdict, transaction)
             except Exception as error:
                 if self.failed(step, error, result, session):
                     return result
@@ -221,7 +221,7 @@ class Chain:
                 if isinstance(verdict, (CoroutineType, Awaitable)):
                     async with asyncio.timeout(missed.timeout):
                         verdict = await verdict
-                _check_answer(missed, verdict)
+                _check_answer(missed, verdict, transaction)
                 if isinstance(verdict, Rewrite):
                     raise TypeError(f"{missed.phase.name.lower()} was answered already; it is too late to rewrite it")
                 recipient = subject if isinstance(subject, Recipient) else None
@@ -435,8 +435,8 @@ def bound_hook(stage: Stage, name: str) -> Hook:
     return lambda *arguments: method(**{argument: arguments[place] for argument, place in places})
 
 
-def _check_answer(step: Step, verdict: object) -> None:
-    """Raises TypeError for what is no answer to this phase."""
+def _check_answer(step: Step, verdict: object, transaction: Transaction | None) -> None:
+    """Raises TypeError for what is no answer to this phase, LocalError or ValueError for a Rewrite without a form."""
     if verdict is not None and not isinstance(verdict, ANSWERS[step.phase]):
         raise TypeError(f"{step.phase.name.lower()} cannot be answered with {type(verdict).__name__}")
     if isinstance(verdict, Edit) and step.phase is not Phase.MESSAGE:
@@ -446,6 +446,10 @@ def _check_answer(step: Step, verdict: object) -> None:
     if isinstance(verdict, Rewrite):
         written = format_mail if step.phase is Phase.MAIL else format_rcpt
         written(verdict.address, verdict.parameters or ())  # raises LocalError for what has no form in SMTP
+        if not verdict.address.isascii() and transaction is not None:
+            said = verdict.parameters if step.phase is Phase.MAIL else None
+            if ("SMTPUTF8", None) not in (transaction.parameters if said is None else said):
+                raise ValueError(f"{verdict.address!r} in a transaction without SMTPUTF8")  # RFC 6531 3.4
 
 
 def route_phase(stage: Stage) -> Phase:

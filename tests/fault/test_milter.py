@@ -409,6 +409,25 @@ async def test_an_answer_that_was_promised_not_to_come_is_not_that_to_the_next_e
     assert upstream.messages == []
 
 
+async def test_changes_that_were_not_announced_are_not_made_and_said_once(records: Records) -> None:
+    adds_fields = options(actions=1)
+    asked = change_header(1, b"Subject", b"y") * 20 + add_recipient(b"c@example.org") + add_header(b"X-Added", b"yes")
+    async with (
+        Upstream() as upstream,
+        ScriptedMilter({"eom": Answer(asked + ACCEPT)}, greeting=adds_fields) as milter,
+        serving(upstream, asks(milter)) as gateway,
+        unchanged(gateway),
+        connected(gateway) as client,
+    ):
+        await client.hello()
+        assert await send(client) == ("end", QUEUED)
+    (content,) = upstream.messages
+    assert b"Subject: x\r\nX-Added: yes\r\n" in content
+    assert not [command for command in upstream.commands if b"c@example.org" in command]
+    (record,) = records.all("filter_action")
+    assert record["action"] == "ADDRCPT CHGHDRS"
+
+
 @pytest.mark.parametrize("greeting", [options(), READS_ONLY], ids=["edits", "reads"])
 @pytest.mark.parametrize("event", ["mail", "rcpt", "data", "header", "eoh", "body", "eom"])
 async def test_changes_behind_the_verdict_do_not_lose_the_message(

@@ -108,7 +108,8 @@ CASES = (
         "commands that the gateway answers itself",
         ("HELP", "EXPN x", *ONE),
         differs="HELP, EXPN and other commands of SMTP that are not offered have an answer of the gateway's own (214, 502, "
-        "252), and filters do not hear of them; Postfix calls those that it does not know unknown.",
+        "252), and filters do not hear of them; Postfix calls those that it does not know unknown. Nor do they hear of any "
+        "between two BDAT chunks: they are at the message then.",
         aspects=("replies", "events"),
     ),
     Case(

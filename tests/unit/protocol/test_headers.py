@@ -323,3 +323,19 @@ def test_encode(data: bytes, unchanged: bytes, changed: bytes, changed_no_body: 
 
 def test_a_made_header_ends_with_an_empty_line() -> None:
     assert Header([HeaderField.of("A", "b")]).encode(body_follows=True) == b"A: b\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "too_big"),
+    [
+        (b"A: 1\r\nB: 2\r\n fold\r\n\tfold\r\n\r\nC: body\r\n", False),
+        (b"A: 1\r\nB: 2\r\nC: 3\r\n\r\n", True),
+        (b"From x\r\nFrom y\r\nA: 1\r\n\r\n", True),
+        (b"A: 1\r\nB: 2\r\nno field\r\nC: body\r\n", False),
+    ],
+)
+def test_too_many_fields(content: bytes, too_big: bool) -> None:
+    """However it is cut; folds are no fields, and what follows the header does not count."""
+    for size in range(1, len(content) + 1):
+        reader = read([content[at : at + size] for at in range(0, len(content), size)], 1000, 2)
+        assert (reader.too_big, reader.header is None) == (too_big, too_big), size
