@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.facts import Phase
-from gateway.frontend import smtp_upstream
+from gateway.frontend.content_upstream import BLOCK, open_upstream, outgoing, send_content, spread
 from gateway.frontend.draft import Draft
 from gateway.frontend.message_view import MessageView
 from gateway.protocol.content import DataScanner, DotStuffer
 from gateway.protocol.headers import HeaderReader
 from gateway.protocol.smtp import Reply
 from gateway.relay.checks import ContentChecks
-from gateway.relay.envelope import head_bytes
 from gateway.relay.outgoing import Answer, Outgoing
 from gateway.relay.spool import Spool, SpoolFull
 from gateway.relay.wire import EndOfStream
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway.smtp")
 
-BLOCK = 1 << 18
 CLEANING_SECONDS = 5.0  # how long a stage that was cancelled may take to put its things in order
 WITHHELD_SECONDS = 120.0  # how long an upstream that has the content waits for its end
 GO_ON = Reply.of("354 End data with <CR><LF>.<CR><LF>")
@@ -356,90 +354,37 @@ class FilteredContent:
     # -- to the upstream
 
     async def _open_upstream(self, draft: Draft) -> bool:
-        """Say the envelope where it changed, and DATA; False if the message ends here."""
+        """Have an upstream that waits for content; False if the message ends here."""
         if self.out is not None:
             return True
-        conversation = self.conversation
-        draft.recipients = [one for one in draft.recipients if one.index not in self._named]
         if self._named:
+            draft.recipients = [one for one in draft.recipients if one.index not in self._named]
             draft.restart = True
-        if not draft.recipients:
-            self._refuse = Refuse(Cause.CONTENT, log="no recipient is left")
-            return False
-        refuse = await smtp_upstream.change_envelope(conversation, draft, self._rerouted)
-        if refuse is not None:
-            self._refuse = refuse
-            return False
-        if smtp_upstream.takes_bdat(conversation):
-            self._refuse = await smtp_upstream.ready_for_bdat(conversation)
-            if self._refuse is not None:
-                return False
-        bdat = smtp_upstream.takes_bdat(conversation)
-        if not bdat:
-            said = await smtp_upstream.say_data(conversation)
-            if isinstance(said, Refuse):
-                self._refuse = said
-                return False
-            if said.code != 354:
-                self._answers = [said]
-                return False
-        self.open_out(bdat=bdat)
-        return True
+        opened = await open_upstream(self.conversation, draft, self._rerouted, self.end_timeout)
+        if isinstance(opened, Refuse):
+            self._refuse = opened
+        elif isinstance(opened, Reply):
+            self._answers = [opened]
+        else:
+            self.out = opened
+        return self.out is not None
 
-    def open_out(self, *, bdat: bool = False) -> None:
-        """The upstream waits for content."""
-        conversation = self.conversation
-        assert conversation.connection is not None
-
-        def commit(value: bool) -> None:
-            conversation.committed = value
-
-        self.out = Outgoing(
-            conversation.connection,
-            data_timeout=conversation.limits.data_timeout,
-            end_timeout=self.end_timeout,
-            commit=commit,
-            bdat=bdat,
-        )
+    def begin(self) -> None:
+        """The upstream has said 354, before any stage was asked."""
+        self.out = outgoing(self.conversation, self.end_timeout)
 
     async def _send(self, draft: Draft) -> None:
-        """Header and body, up to the end, which waits."""
-        out, own = self.out, self.transaction.head or ()
-        assert out is not None
-        if draft.changed:
-            reader = draft.body.reader(draft.offset)
-            await out.send(draft.head(own))
-        else:
-            reader = draft.body.reader()
-            if own:
-                await out.send(head_bytes(own))
-        self._keep.close()
-        try:
-            while out.refused is None and (block := await reader.read(BLOCK)):
-                await out.send(block)
-        except OSError as error:  # of the file: Outgoing keeps those of the connection to itself
-            self._stop(Refuse(Cause.STAGE_FAILED, log=f"spool: {error.strerror or error}"))
-            return
-        finally:
-            reader.close()
-        if out.refused is not None and not self._doomed:
-            self._stop(out.refused)
+        """All of the message but its end."""
+        assert self.out is not None
+        refuse = await send_content(self.out, draft, self.transaction.head or (), self._keep.close)
+        if refuse is not None and not self._doomed:
+            self._stop(refuse)
 
     def _spread(self, answers: list[Answer]) -> list[Answer]:
-        """What the upstream's recipients got, for the client's: those may be others (edits, refused by themselves)."""
+        """The answers, one for all of the client's recipients or one for each."""
         if self._draft is None or (len(answers) == 1 and not self._named):
             return answers
-        upstream = self._draft.recipients
-        each = answers * len(upstream) if len(answers) == 1 else answers
-        got = {id(recipient): answer for recipient, answer in zip(upstream, each, strict=False)}
-        for recipient in self._draft.added:
-            answer = got.get(id(recipient))
-            if isinstance(answer, Reply) and answer.reply_class != 2:
-                text = f"{recipient.address}, added by a stage, was refused: {answer.code} {answer.text}"
-                log.warning("warning", pipeline=self.conversation.session.pipeline, text=text)
-        # Whom stages took out, for him the message is delivered if it is for anybody.
-        rest = min(answers, key=_badness) if answers else Refuse(Cause.CONTENT)
-        return [self._named.get(one.index) or got.get(id(one), rest) for one in self.transaction.recipients]
+        return spread(answers, self._draft, self.transaction, self._named, self.conversation.session.pipeline)
 
     def _stages(self) -> list[str]:
         """Who gave each of the answers."""
@@ -493,11 +438,6 @@ class FilteredContent:
         self.spool.close()
         if self._draft is not None:
             self._draft.close()
-
-
-def _badness(answer: Answer) -> int:
-    """The class of its reply; a refusal of ours counts as temporary."""
-    return answer.reply_class if isinstance(answer, Reply) else 4
 
 
 def must_hold(conversation: SmtpConversation, steps: Sequence[tuple[Step, Edits]]) -> bool:

@@ -128,7 +128,7 @@ def _content_relay(conversation: SmtpConversation) -> ContentRelay | FilteredCon
     if conversation.mail.steps:
         content = FilteredContent(conversation, conversation.mail.steps, checks, served.end_of_data)
         if not content.held:
-            content.open_out()
+            content.begin()
         return content
     connection = conversation.connection
     assert connection is not None
