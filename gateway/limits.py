@@ -53,6 +53,9 @@ class Limits(BaseModel):
     command_timeout: Duration = Field(300.0, description="Wait for a command (RFC 5321 4.5.3.2.7).")
     write_timeout: Duration = Field(300.0, description="Wait for a client to read what was written.")
     data_timeout: Duration = Field(180.0, description="Wait for a block of content (RFC 5321 4.5.3.2.5).")
+    message_timeout: Duration = Field(
+        7200.0, description="All of a message's content, however slowly it comes; it is kept for stages meanwhile."
+    )
     tls_timeout: Duration = Field(60.0, description="A TLS handshake.")
     proxy_timeout: Duration = Field(5.0, description="A PROXY header (smtpd_upstream_proxy_timeout).")
     login_timeout: Duration = Field(600.0, description="Before login: until AUTH or the first accepted MAIL, in all.")

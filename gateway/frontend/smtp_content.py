@@ -25,7 +25,7 @@ from gateway.frontend.message_view import MessageView
 from gateway.protocol.content import DataScanner, DotStuffer
 from gateway.protocol.headers import HeaderReader
 from gateway.protocol.smtp import Reply
-from gateway.relay.checks import ContentChecks
+from gateway.relay.checks import ContentChecks, ContentClock
 from gateway.relay.outgoing import Answer, Outgoing
 from gateway.relay.spool import Spool, SpoolFull
 from gateway.relay.wire import EndOfStream
@@ -57,6 +57,7 @@ class FilteredContent:
         conversation: SmtpConversation,
         steps: Sequence[tuple[Step, Edits]],
         checks: ContentChecks,
+        clock: ContentClock,
         end_timeout: float,
     ) -> None:
         transaction, limits = conversation.session.transaction, conversation.limits
@@ -65,6 +66,7 @@ class FilteredContent:
         self.transaction = transaction
         self.steps = steps
         self.checks = checks
+        self.clock = clock
         self.size = 0
         self.out: Outgoing | None = None
         self.held = must_hold(conversation, steps)
@@ -93,10 +95,10 @@ class FilteredContent:
 
     async def data(self, scanner: DataScanner) -> None:
         """From 354 to the client's end of data. Raises EndOfStream or WireTimeout of the client's wire."""
-        client, seconds = self.conversation.wire, self.conversation.limits.data_timeout
+        client = self.conversation.wire
         try:
             while True:
-                client.set_deadline(seconds)
+                self.clock.start()
                 block = await client.read(BLOCK)
                 if not block:
                     raise EndOfStream(b"")
@@ -116,10 +118,10 @@ class FilteredContent:
 
     async def chunk(self, stuffer: DotStuffer, size: int) -> None:
         """One BDAT chunk of `size` octets, whatever becomes of it."""
-        client, seconds = self.conversation.wire, self.conversation.limits.data_timeout
+        client = self.conversation.wire
         try:
             while size:
-                client.set_deadline(seconds)
+                self.clock.start()
                 block = await client.read(min(size, BLOCK))
                 if not block:
                     raise EndOfStream(b"")

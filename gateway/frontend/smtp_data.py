@@ -20,7 +20,7 @@ from gateway.frontend.smtp_upstream import say_data
 from gateway.protocol.content import DataScanner, DotStuffer
 from gateway.protocol.errors import PeerError
 from gateway.protocol.smtp import Command, Reply, parse_bdat
-from gateway.relay.checks import ContentChecks
+from gateway.relay.checks import ContentChecks, ContentClock
 from gateway.relay.envelope import ContentRelay
 from gateway.relay.outgoing import Answer, Outgoing
 from gateway.relay.wire import EndOfStream
@@ -125,8 +125,9 @@ def _content_relay(conversation: SmtpConversation) -> ContentRelay | FilteredCon
         text_line=limits.text_line,
         reject_nul=served.nul == "reject",
     )
+    clock = ContentClock(conversation.wire, limits.data_timeout, limits.message_timeout)
     if conversation.mail.steps:
-        content = FilteredContent(conversation, conversation.mail.steps, checks, served.end_of_data)
+        content = FilteredContent(conversation, conversation.mail.steps, checks, clock, served.end_of_data)
         if not content.held:
             content.begin()
         return content
@@ -137,7 +138,7 @@ def _content_relay(conversation: SmtpConversation) -> ContentRelay | FilteredCon
         conversation.committed = value
 
     out = Outgoing(connection, data_timeout=limits.data_timeout, end_timeout=served.end_of_data, commit=commit)
-    relay = ContentRelay(conversation.wire, out, checks, limits.data_timeout)
+    relay = ContentRelay(conversation.wire, out, checks, clock)
     relay.head(transaction.head or ())
     return relay
 

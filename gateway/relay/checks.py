@@ -1,10 +1,11 @@
-"""What is wrong with content on its way, whoever reads it: its size, its line ends, its lines, NUL, a loop."""
+"""What is wrong with content on its way, whoever reads it: its size, its line ends and lines, NUL, a loop, its time."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from gateway.protocol.smtp import Reply
+from gateway.relay.wire import Wire
 from gateway.verdicts import Cause, Refuse
 
 NUL = Reply.of("550 5.6.0 NUL octets in message")
@@ -17,6 +18,22 @@ class Scanned(Protocol):
     bare: str | None
     nul: bool
     policy: str
+
+
+class ContentClock:
+    """How long the client may take: `block` seconds for a block of content, `whole` seconds for all of the message."""
+
+    __slots__ = ("_block", "_until", "_wire")
+
+    def __init__(self, wire: Wire, block: float, whole: float) -> None:
+        self._wire = wire
+        self._block = block
+        self._until = wire.loop.time() + whole
+
+    def start(self) -> None:
+        """The wait for the next block begins."""
+        left = self._until - self._wire.loop.time()
+        self._wire.set_deadline(max(0.001, min(self._block, left)))
 
 
 class ContentChecks:

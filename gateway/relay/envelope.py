@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from gateway.protocol.content import DataScanner, DotStuffer
 from gateway.protocol.headers import HeaderField
 from gateway.protocol.smtp import PARAMETER_EXTENSION, Reply
-from gateway.relay.checks import ContentChecks
+from gateway.relay.checks import ContentChecks, ContentClock
 from gateway.relay.outgoing import Answer, Outgoing
 from gateway.relay.wire import EndOfStream, Wire
 from gateway.verdicts import AddHeader, Cause, Refuse
@@ -57,13 +57,13 @@ def head_bytes(fields: Sequence[AddHeader]) -> bytes:
 class ContentRelay:
     """One message on its way upstream, unread. `size` counts its octets, dots unstuffed, as the client sent them."""
 
-    __slots__ = ("_headed", "checks", "client", "data_timeout", "out", "size")
+    __slots__ = ("_headed", "checks", "client", "clock", "out", "size")
 
-    def __init__(self, client: Wire, out: Outgoing, checks: ContentChecks, data_timeout: float) -> None:
+    def __init__(self, client: Wire, out: Outgoing, checks: ContentChecks, clock: ContentClock) -> None:
         self.client = client
         self.out = out
         self.checks = checks
-        self.data_timeout = data_timeout
+        self.clock = clock
         self.size = 0
         self._headed = False  # fields stand right before the next octet
 
@@ -82,7 +82,7 @@ class ContentRelay:
         client = self.client
         try:
             while True:
-                client.set_deadline(self.data_timeout)
+                self.clock.start()
                 block = await client.read(BLOCK)
                 if not block:
                     raise EndOfStream(b"")
@@ -103,7 +103,7 @@ class ContentRelay:
         client = self.client
         try:
             while size:
-                client.set_deadline(self.data_timeout)
+                self.clock.start()
                 block = await client.read(min(size, BLOCK))
                 if not block:
                     raise EndOfStream(b"")
