@@ -96,7 +96,9 @@ class Recipient:
     data, which LMTP gives for each recipient and SMTP for all of them.
     """
 
-    __slots__ = ("address", "allowed", "domain", "final", "index", "original", "parameters", "reply", "upstream")
+    __slots__ = (
+        "address", "allowed", "caught_up", "domain", "final", "index", "original", "parameters", "reply", "upstream",
+    )  # fmt: skip
 
     def __init__(self, address: str, parameters: tuple[tuple[str, str | None], ...], index: int) -> None:
         self.original: str = address
@@ -105,6 +107,7 @@ class Recipient:
         self.parameters = parameters
         self.index = index
         self.allowed = False
+        self.caught_up: frozenset[int] = frozenset()  # stages that heard of it later than at RCPT
         self.upstream: Upstream | None = None
         self.reply: Reply | None = None
         self.final: Reply | None = None

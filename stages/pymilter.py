@@ -171,7 +171,8 @@ class Pymilter(Stage):
         if seat.filter.lost:
             seat.filter = self._new_filter()
         if seat.refusal is not None:
-            return seat.refusal if session.postponed is None else None  # else RCPT is the place to say so
+            # RCPT is the place to say what was postponed, but not to a user, who is let through there.
+            return seat.refusal if session.postponed is None or session.user else None
         if not seat.filter.introduced and not seat.done:
             refuse = await self._introduce(session, seat, session.helo)
             if refuse is not None:
@@ -369,8 +370,10 @@ class Pymilter(Stage):
                 self._later(session, "abort", mail.filter, mail.filter.abort)
 
     def _leave(self, session: Session, filter: MilterFilter, mail: Mail | None) -> None:
-        """The filter's end, behind what it is still asked."""
+        """The filter's end, behind what it is still asked. A message without its verdict has failed."""
         if not filter.lost:
+            if mail is not None and mail.open:
+                mail.failed = True
             self._abort(session, mail)
             filter.lost = True
             self._later(session, "close", filter, filter.close)

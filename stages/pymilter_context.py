@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from enum import IntEnum
 from queue import SimpleQueue
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from gateway import AppendHeader, Message, NewBody, Operation, RemoveRecipient, ReplaceBody, Reply
 from gateway.protocol.errors import LocalError, PeerError
@@ -317,15 +316,16 @@ class Turns:
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
         self._lock = threading.Lock()
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: dict[Future[Any], Callable[[], None]] = {}
         self._busy = False
 
     def ask(self, function: Callable[[], T]) -> Future[T]:
         """Have the function called when its turn comes; cancelling the future takes it back until then."""
         future: Future[T] = Future()
         with self._lock:
-            self._waiting.append(lambda: _settle(future, function))
+            self._waiting[future] = lambda: _settle(future, function)
             begin, self._busy = not self._busy, True
+        future.add_done_callback(self._done)
         if begin:
             self._threads.run(self._work)
         return future
@@ -336,8 +336,14 @@ class Turns:
                 if not self._waiting:
                     self._busy = False
                     return
-                call = self._waiting.popleft()
+                call = self._waiting.pop(next(iter(self._waiting)))
             call()
+
+    def _done(self, future: Future[Any]) -> None:
+        """Where no thread is free, what was taken back would keep its piece of a message for as long."""
+        if future.cancelled():
+            with self._lock:
+                self._waiting.pop(future, None)
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

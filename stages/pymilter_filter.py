@@ -126,7 +126,8 @@ def _caught(name: str, milter: ModuleType, low: ModuleType) -> Iterator[None]:
     """While the module is imported: keep the flags it sets, and let it run no daemon."""
 
     def set_flags(flags: int) -> None:
-        _flags[name] = Action(flags & _ALL_ACTIONS)
+        caller = sys._getframe(1).f_globals.get("__name__", name)  # one that it imports may be a filter, too
+        _flags[name] = _flags[caller] = Action(flags & _ALL_ACTIONS)
 
     def run(*arguments: object, **named: object) -> None:
         raise RuntimeError("it runs its daemon; put that below if __name__ == '__main__'")

@@ -22,7 +22,7 @@ BLOCK = 65_535  # the largest block that any filter takes (milter)
 class MessageView(Timed):
     """One stage's reading of a draft."""
 
-    __slots__ = ("_bodies", "_draft", "_header", "_opened", "_reader", "_spool", "_transaction", "_whole")
+    __slots__ = ("_bodies", "_closed", "_draft", "_header", "_opened", "_reader", "_spool", "_transaction", "_whole")
 
     def __init__(self, draft: Draft, transaction: Transaction) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class MessageView(Timed):
         self._transaction = transaction
         self._spool = draft.body
         self._reader = self._spool.reader(draft.offset)
-        self._opened = False
+        self._opened = self._closed = False
         self._whole: Spool | None = None
         self._bodies: list[SpooledBody] = []
 
@@ -84,13 +84,16 @@ class MessageView(Timed):
         return cast("BinaryIO", whole.file())
 
     def new_body(self) -> NewBody:
-        """See `gateway.Message`."""
+        """See `gateway.Message`. Raises RuntimeError once the stage has answered, or was given up."""
+        if self._closed:
+            raise RuntimeError("the message is over")  # nobody would give back the room of this body
         body = SpooledBody(self._draft.space)
         self._bodies.append(body)
         return body
 
     def close(self) -> None:
         """The stage has answered: nothing is kept for it but the body that became the message's."""
+        self._closed = True
         self._reader.close()
         if self._whole is not None:
             self._whole.close()

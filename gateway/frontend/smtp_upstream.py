@@ -309,6 +309,10 @@ async def _say_envelope(
     conversation: SmtpConversation, connection: Connection, draft: Draft, *, anew: bool
 ) -> Refuse | None:
     """MAIL and RCPTs, or those that were added. Raises UpstreamError."""
+    for recipient in draft.added:  # what a stage wants of this server for good is not tried again with another
+        parameters = adapted(recipient.parameters, connection.extensions, trusted=conversation.session.trusted)
+        if isinstance(parameters, Refuse):
+            return parameters
     if anew:
         reply = await _say_mail(conversation, connection)
         if isinstance(reply, Refuse):

@@ -216,7 +216,8 @@ class Chain:
             if _was_asked(missed, session, transaction):
                 continue
             about = transaction if missed.phase >= Phase.MAIL else None
-            for subject in _subjects(missed.phase, session, transaction):
+            subjects = _subjects(missed, session, transaction)
+            for subject in subjects:
                 verdict = missed.call(session, subject)
                 if isinstance(verdict, (CoroutineType, Awaitable)):
                     async with asyncio.timeout(missed.timeout):
@@ -227,6 +228,9 @@ class Chain:
                 recipient = subject if isinstance(subject, Recipient) else None
                 if verdict is not None and self._apply(missed, verdict, result, session, about, recipient):
                     return True
+                if recipient is not None:
+                    recipient.caught_up |= {missed.index}
+            if subjects:  # all of them: who stands behind one that failed must not be forgotten
                 _mark(missed, session, transaction)
         if step.phase >= Phase.RCPT and session.postponed is not None and session.postponed[1] == step.stage.id:
             result.refuse, result.stage = session.postponed
@@ -495,14 +499,16 @@ def _mark(step: Step, session: Session, transaction: Transaction | None) -> None
     holder.asked.add((step.index, step.phase))
 
 
-def _subjects(phase: Phase, session: Session, transaction: Transaction | None) -> Sequence[Subject]:
-    """What a missed phase would have been asked about."""
+def _subjects(missed: Step, session: Session, transaction: Transaction | None) -> Sequence[Subject]:
+    """What a missed phase would have been asked about and still has to be."""
+    phase = missed.phase
     if phase is Phase.HELO:
         return [session.helo] if session.helo else []
     if phase is Phase.SECURE:
         return [None] if session.tls is not None else []
     if phase is Phase.RCPT:
-        return list(transaction.recipients) if transaction is not None else []
+        recipients = transaction.recipients if transaction is not None else []
+        return [one for one in recipients if missed.index not in one.caught_up]
     if phase in (Phase.MAIL, Phase.DATA):
         return [transaction] if transaction is not None else []
     return [None]

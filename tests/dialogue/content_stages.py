@@ -51,7 +51,7 @@ class ReadsSettings(Settings):
     body: str | None = None
     repeat: int = 0  # the new body, so often
     echo: bool = False  # the new body is the old one, in capitals
-    add_recipient: Sequence[str] = ()
+    add_recipient: Sequence[str] = ()  # may have a NOTIFY behind a blank
     remove_recipient: Sequence[str] = ()
     sender: str | None = None
     route: str = ""
@@ -153,7 +153,9 @@ class Reads(Stage):
             found.append(ReplaceBody(said.body.encode()))
         elif said.echo:
             found.append(ReplaceBody(content.partition(b"\r\n\r\n")[2].upper()))
-        found += [AddRecipient(address) for address in said.add_recipient]
+        for text in said.add_recipient:
+            address, _, notify = text.partition(" ")
+            found.append(AddRecipient(address, (("NOTIFY", notify),) if notify else ()))
         found += [RemoveRecipient(address) for address in said.remove_recipient]
         if said.sender is not None:
             found.append(ChangeSender(said.sender))

@@ -178,3 +178,12 @@ async def test_no_room() -> None:
     with pytest.raises(SpoolFull):
         await place.view.open()
     place.close()
+
+
+async def test_a_body_that_comes_too_late_takes_no_room() -> None:
+    """A filter that hangs may ask for one when the message is long over."""
+    place = Place()
+    place.view.close()
+    with pytest.raises(RuntimeError, match="over"):
+        place.view.new_body()
+    place.close()

@@ -142,6 +142,16 @@ class Plumbs(Says):
     kind = Kind.PLUMBING
 
 
+class Stumbles(Says):
+    """Fails the first time it hears of b@example.org."""
+
+    def rcpt(self, session: Session, recipient: Recipient) -> typing.Any:
+        first = f"{self.id}.rcpt b@example.org" not in heard
+        self._say("rcpt", f" {recipient.address}")
+        if first and recipient.address == "b@example.org":
+            raise OSError("the helper is gone")
+
+
 @pytest.fixture(autouse=True)
 def nothing_heard() -> Iterator[None]:
     heard.clear()
@@ -155,7 +165,7 @@ def chain_of(folder: Path, *entries: tuple[str, object], **pipeline: object) -> 
         "hostname": "gateway.test", "listen": ["smtp://127.0.0.1:2587"], "relay": "open",
         "stages": [*stages, "splice"], "upstreams": {"mta": {"servers": ["smtp://127.0.0.1:2525"]}}, **pipeline,
     }  # fmt: skip
-    return compiled(written, folder, {"says": Says, "guards": Guards, "plumbs": Plumbs}).chain
+    return compiled(written, folder, {"says": Says, "guards": Guards, "plumbs": Plumbs, "stumbles": Stumbles}).chain
 
 
 def says(id: str, _kind: str = "says", /, **settings: object) -> tuple[str, object]:
@@ -343,6 +353,20 @@ async def test_catches_up_with_the_transaction_too(tmp_path: Path) -> None:
         "late.mail x@example.org", "late.rcpt a@example.org", "late.rcpt b@example.org", "late.data",
     ]  # fmt: skip
     assert heard == ["late.connect", *once, *once]
+
+
+async def test_nobody_is_forgotten_behind_a_recipient_that_failed(tmp_path: Path) -> None:
+    at = dict.fromkeys(("mail", "rcpt", "data"), "nothing")
+    chain = chain_of(tmp_path, says("late", "stumbles", **at, when_="mail.recipients > 2", on_error_="pass"))
+    session = make_session()
+    transaction = make_transaction(session, "x@example.org")
+    transaction.recipients.extend(Recipient(f"{name}@example.org", (), place) for place, name in enumerate("abc"))
+    for _ in range(3):
+        assert (await chain.ask(chain.data, session, transaction, transaction)).refuse is None
+    assert heard == [
+        "late.mail x@example.org", "late.rcpt a@example.org", "late.rcpt b@example.org",
+        "late.rcpt b@example.org", "late.rcpt c@example.org", "late.data", "late.data",
+    ]  # fmt: skip
 
 
 async def test_what_refuses_late_refuses_again(tmp_path: Path) -> None:

@@ -270,6 +270,8 @@ async def test_early_answers_are_for_the_session(name: str, code: str) -> None:
     if refuse is not None:
         session.postponed = (refuse, "pymilter")  # RCPT tells it
         assert await stage.mail(session, transaction) is None
+        session.user = "tim@example.org"  # who is let through at RCPT
+        assert await stage.mail(session, transaction) == refuse
     assert await stage.rcpt(session, make_recipient(session)) is None
     assert await stage.message(session, make_message(session, CONTENT)) is None
     assert len(Recorder.events) == asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -247,3 +248,23 @@ async def test_turns_that_were_taken_back_are_not_called() -> None:
     await asyncio.wrap_future(futures[2])
     threads.end(10)
     assert called == [0, 2]
+
+
+async def test_nothing_is_kept_of_what_was_taken_back() -> None:
+    """As long as filters hang in all threads, what other sessions gave up must not pile up behind them."""
+
+    class Block:
+        def read(self) -> None: ...
+
+    threads = Threads(1, "test")
+    gate = threading.Event()
+    first = Turns(threads).ask(gate.wait)
+    block, other = Block(), Turns(threads)
+    kept = weakref.ref(block)
+    future = other.ask(block.read)
+    del block
+    assert kept() is not None and future.cancel()
+    assert kept() is None
+    gate.set()
+    await asyncio.wrap_future(first)
+    threads.end(10)

@@ -104,6 +104,15 @@ def test_flags_are_those_of_the_own_module(tmp_path: Path) -> None:
     assert (Milter.set_flags, milter.set_flags, Milter.runmilter) == before
 
 
+def test_flags_of_a_module_that_another_one_imported_first(tmp_path: Path) -> None:
+    filter_class = "class Filter(Milter.Base):\n  pass\n"
+    (tmp_path / "flags_base.py").write_text(f"import Milter\nMilter.set_flags(Milter.ADDHDRS)\n{filter_class}")
+    (tmp_path / "flags_user.py").write_text(f"import Milter, flags_base\nMilter.set_flags(0)\n{filter_class}")
+    for module, actions in (("flags_user", Action(0)), ("flags_base", Action.ADDHDRS)):
+        stage = build(Pymilter, {"class": f"{module}:Filter", "path": str(tmp_path)})
+        assert stage._offered == actions | Action.SETSYMLIST
+
+
 async def test_a_class_and_its_subclass_in_one_gateway() -> None:
     """pymilter keeps what it finds out of a class in the class, where a subclass would find it."""
 
@@ -255,6 +264,29 @@ async def test_an_instance_that_hangs_is_given_up() -> None:
     stage.close(session)
     await stage.stop()
     assert sorted(names()[7:]) == ["abort", "abort", "close", "close"]
+
+
+@pytest.mark.parametrize("on_error", ["tempfail", "pass"])
+async def test_a_command_that_it_hangs_in_does_not_let_the_message_through(on_error: str) -> None:
+    Gate.opened, Gate.entered = threading.Event(), threading.Event()
+    stage = await started(Gate)
+    session = make_session(helo="client.example")
+    message = await envelope(stage, session)
+    Recorder.does["unknown"] = lambda to: to.wait()
+    hanging = asyncio.ensure_future(stage.unknown(session, "FOO"))
+    await asyncio.to_thread(Gate.entered.wait)
+    hanging.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await hanging
+    stage.on_error = on_error  # type: ignore[assignment]
+    if on_error == "pass":
+        assert await stage.message(session, message) is None
+    else:
+        with pytest.raises(RuntimeError, match="failed earlier"):
+            await stage.message(session, message)
+    Gate.opened.set()
+    stage.close(session)
+    await stage.stop()
 
 
 async def test_sessions_at_the_same_time() -> None:
