@@ -41,6 +41,7 @@ CAUSES: dict[Cause, CauseReply] = {
     Cause.NO_ROUTE: CauseReply("550 5.4.4", "451 4.4.4", True, "no route for this mail"),
     Cause.MESSAGE_TOO_BIG: CauseReply("552 5.3.4", "452 4.3.1", False, "message size exceeds limit"),
     Cause.LINE_ENDINGS: CauseReply("550 5.5.2", "451 4.5.2", False, "bare <LF> or <CR> in message"),
+    Cause.MALFORMED: CauseReply("550 5.6.0", "451 4.6.0", False, "malformed message"),
     Cause.LOOP: CauseReply("554 5.4.6", "451 4.4.6", False, "mail loop detected"),
     Cause.CONTENT: CauseReply("554 5.7.1", "451 4.7.1", False, "message content rejected"),
     Cause.NOT_CARRIED: CauseReply("555 5.5.4", "451 4.5.4", False, "parameter not supported by the next server"),

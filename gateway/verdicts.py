@@ -46,6 +46,7 @@ class Cause(Enum):
     NO_ROUTE = "no route"
     MESSAGE_TOO_BIG = "message too big"
     LINE_ENDINGS = "illegal line ends"
+    MALFORMED = "malformed content"
     LOOP = "mail loop"
     CONTENT = "content rejected"
     NOT_CARRIED = "not carried by the upstream"

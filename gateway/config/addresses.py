@@ -168,7 +168,8 @@ def _parse_address(value: object, form: _Form) -> tuple[str, str, int, str]:
         raise form.refuse(value, f"is not {form.kind}")
     unix = re.fullmatch(r"(?:([a-z0-9-]+)\+)?unix:(.*)", value, re.DOTALL)
     if unix is not None:
-        return _check_scheme(unix[1] or "smtp", value, form), "", 0, _unix_path(unix[2], value, form)
+        scheme = _check_scheme(unix[1] or "smtp", value, form)
+        return scheme, "", 0, _unix_path(scheme, unix[2], value, form)
     scheme, separator, rest = value.partition("://")
     if not separator:
         if not form.server:
@@ -196,10 +197,10 @@ def _check_scheme(scheme: str, value: str, form: _Form) -> str:
     raise NotA(form.kind, form.example, f"{shown(value)} has the unknown scheme {scheme!r}", f"write {named}")
 
 
-def _unix_path(path: str, value: str, form: _Form) -> str:
+def _unix_path(scheme: str, path: str, value: str, form: _Form) -> str:
     path = "/" + path.lstrip("/") if path.startswith("//") else path
     if not path.startswith("/"):
-        raise form.refuse(value, "has no absolute path", "write smtp+unix:/path")
+        raise form.refuse(value, "has no absolute path", f"write {scheme}+unix:/path")
     if len(os.fsencode(path)) > 107:
         raise form.refuse(value, "is longer than the 107 octets of a unix socket's path", "write a shorter path")
     return path

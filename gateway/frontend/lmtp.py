@@ -68,7 +68,7 @@ def best(replies: Sequence[Reply]) -> Reply:
 
 
 def worst(replies: Sequence[Reply]) -> Reply:
-    """The one reply to an SMTP client for recipients of which some may have been added: nobody is forgotten.
+    """The one reply to an SMTP client for its recipients. Those that stages added are not among them.
 
     4xx before 5xx: what would make the client try again may not be hidden by what would not.
     """

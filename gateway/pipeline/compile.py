@@ -7,6 +7,7 @@ its place. The result says how far the conversation must be read (the grade) and
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,6 +136,7 @@ class _Compiler:
         self._check_facts()
         self._check_order()
         self._check_pools()
+        self._check_spool()
         self._check_tls()
         if self.problems:
             raise ConfigError(self.problems)
@@ -358,6 +360,12 @@ class _Compiler:
                         f"{server.url} is a listener of this pipeline: mail would go in a circle",
                         "name the real server",
                     )
+
+    def _check_spool(self) -> None:
+        """A folder that is not there would be missed by the first large message only."""
+        folder = self.pipeline.spool.directory
+        if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            self.problem(("spool", "directory"), "there is no such folder to write to", "make it, or name another")
 
     def _check_tls(self) -> None:
         certificates = all((listener.tls or self.pipeline.tls).certificates for listener in self.pipeline.listen)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.protocol.smtp import Reply
 from gateway.relay.wire import Wire
 from gateway.verdicts import Cause, Refuse
-
-NUL = Reply.of("550 5.6.0 NUL octets in message")
-LONG_LINE = Reply.of("550 5.6.0 line of message too long")
 
 
 class Scanned(Protocol):
@@ -57,13 +53,13 @@ class ContentChecks:
         if scanned.bare is not None and scanned.policy == "reject":
             return Refuse(Cause.LINE_ENDINGS, log=f"bare {scanned.bare}")
         if self.size_limit and size > self.size_limit:
-            return Refuse(Cause.MESSAGE_TOO_BIG)
+            return Refuse(Cause.MESSAGE_TOO_BIG, log=f"more than the {self.size_limit} octets that were announced")
         if self.reject_nul and scanned.nul:
-            return Refuse(Cause.CONTENT, reply=NUL, log="nul: reject")
+            return Refuse(Cause.MALFORMED, text="NUL octets in message", log="nul: reject")
         if self._header_tail is not None and self._loops(content):
             return Refuse(Cause.LOOP, log=f"more than {self.max_received} Received fields")
         if self.text_line and self._too_long(content):
-            return Refuse(Cause.CONTENT, reply=LONG_LINE, log=f"limits.text_line: {self.text_line}")
+            return Refuse(Cause.MALFORMED, text="line of message too long", log=f"limits.text_line: {self.text_line}")
         return None
 
     def _loops(self, content: bytes) -> bool:

@@ -234,7 +234,8 @@ class Spool:
                 self._file = space.open()
             _store(self._file.fileno(), (*self._blocks[bisect_left(starts, start) :], block), start)
         except OSError as error:
-            raise SpoolFull(error.strerror or str(error)) from error
+            where = self._space.directory or tempfile.gettempdir()
+            raise SpoolFull(f"{where}: {error.strerror or error}") from error
         self._file_end = end
         self._charged += end - start
         space.used += end - start

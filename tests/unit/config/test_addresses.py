@@ -89,6 +89,7 @@ def test_local_servers() -> None:
         ("unix:" + "/x" * 60, f"{'unix:' + '/x' * 60!r:.58}...' is longer than the 107 octets of a unix socket's path; "
                               "write a shorter path"),
         ("embedded://x", "'embedded://x' has the unknown scheme 'embedded'; write smtp, smtps or lmtp"),
+        ("lmtp+unix:run/x", "'lmtp+unix:run/x' has no absolute path; write lmtp+unix:/path"),
         (25, "25 is not a listen address; write smtp://127.0.0.1:25, smtps://[::1]:465 or smtp+unix:/path"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.protocol.content import DataScanner, DotStuffer
-from gateway.relay.checks import LONG_LINE, NUL, ContentChecks
+from gateway.relay.checks import ContentChecks
 from gateway.verdicts import Cause, Refuse
 
 END = b".\r\n"
@@ -47,16 +47,16 @@ CASES: list[tuple[bytes, dict[str, int], Cause | None]] = [
     (b"a\nb\r\n", {}, Cause.LINE_ENDINGS),
     (b"a\rb\r\n", {}, Cause.LINE_ENDINGS),
     (b"a\0b\r\n", {}, None),
-    (b"a\0b\r\n", {"reject_nul": 1}, Cause.CONTENT),
+    (b"a\0b\r\n", {"reject_nul": 1}, Cause.MALFORMED),
     (HEADER, {"max_received": 3}, None),
     (HEADER, {"max_received": 2}, Cause.LOOP),
     (HEADER + b"Received: body\r\n" * 3, {"max_received": 3}, None),
     (b"\r\n" + HEADER, {"max_received": 1}, None),
     (b"Received : a\r\nReceived:\r\n\r\n", {"max_received": 1}, None),
     (b"12345\r\n\r\n..2345\r\n1\r\n", {"text_line": 5}, None),
-    (b"123456\r\n", {"text_line": 5}, Cause.CONTENT),
-    (b"..23456\r\n", {"text_line": 5}, Cause.CONTENT),
-    (b"1\r\n123456\r\n1\r\n", {"text_line": 5}, Cause.CONTENT),
+    (b"123456\r\n", {"text_line": 5}, Cause.MALFORMED),
+    (b"..23456\r\n", {"text_line": 5}, Cause.MALFORMED),
+    (b"1\r\n123456\r\n1\r\n", {"text_line": 5}, Cause.MALFORMED),
 ]
 
 
@@ -73,9 +73,9 @@ def test_cut_anywhere(content: bytes, limits: dict[str, int], cause: Cause | Non
 def test_a_line_of_a_chunk_need_not_end() -> None:
     assert checked(b"12345", [], {"text_line": 5}, bdat=True) is None
     refuse = checked(b"123456", [3], {"text_line": 5}, bdat=True)
-    assert refuse is not None and refuse.reply is LONG_LINE
+    assert refuse is not None and refuse.text == "line of message too long"
     refuse = checked(b"\0", [], {"reject_nul": 1}, bdat=True)
-    assert refuse is not None and refuse.reply is NUL
+    assert refuse is not None and refuse.text == "NUL octets in message"
 
 
 def test_normalized_line_ends_are_none_of_ours() -> None:
