@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from tests.peers.scripted import reset
+from tests.peers.scripted import Close, Drip, Garbage, Hang, Reset, Wait, reset
 
 EVENTS = {
     b"O": "optneg", b"D": "macro", b"C": "connect", b"H": "helo", b"M": "mail", b"R": "rcpt", b"T": "data",
@@ -118,43 +118,6 @@ class Answer:
 
     def __init__(self, *packets: bytes) -> None:
         object.__setattr__(self, "packets", packets)
-
-
-@dataclass(frozen=True, slots=True)
-class Drip:
-    """Send these bytes one by one; `gap` in seconds."""
-
-    data: bytes
-    gap: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Garbage:
-    """Send that many random bytes."""
-
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Go on when the event is set."""
-
-    event: asyncio.Event
-
-
-@dataclass(frozen=True, slots=True)
-class Hang:
-    """Keep the connection, read and say nothing more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """End the connection."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reset:
-    """End the connection with RST; on a Unix socket it just ends."""
 
 
 Step = Answer | Drip | Garbage | Wait | Hang | Close | Reset
