@@ -84,6 +84,7 @@ class Nginx(Process):
         """Start it; after this it accepts connections."""
         command = [self._program, "-e", str(self.folder / "error.log"), "-c", str(self.configuration)]
         self.launch(command, port_open(self.port))
+        wait_for(self.worker_pids, "nginx's worker")  # the master listens before it forks
         return self
 
     def worker_pids(self) -> list[int]:
