@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MILTER := $(VENV)/.milter
 PEERS := postfix postfix-pcre dovecot-core swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl libnet-ssleay-perl \
          libdigest-hmac-perl fail2ban rspamd opendkim opendkim-tools miltertest dovecot-lmtpd \
-         libmilter-dev python3-dev gcc libc6-dev
+         dovecot-imapd dovecot-pop3d fetchmail isync libmilter-dev python3-dev gcc libc6-dev
 
 .PHONY: run test test-fast check peers bench docs lock clean
 

@@ -1,7 +1,7 @@
-"""`python -m bench [--quick] [--content]`: run every job, or those of the content grade, write docs/performance.md.
+"""`python -m bench [--quick] [--content] [--stores]`: run every job, or a section, and write docs/performance.md.
 
-For each job nginx and the gateway take turns, ROUNDS times each after one warm-up; CPU is what the kernel
-charged their processes; the ratio is that of the medians.
+What is measured and how is said in the report; `--content` and `--stores` run one section and leave the others as they
+are.
 """
 
 from __future__ import annotations
@@ -11,52 +11,15 @@ import platform
 import resource
 import subprocess
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
-from bench import clients, content
+from bench import clients, content, stores
+from bench.measured import Measured, job, machine
 from bench.peers import Process, start_auth, start_gateway, start_nginx, start_sink
 from scripts.development_certificate import write
 
 IDLE = 5000
 REPORT = Path("docs/performance.md")
-
-
-@dataclass
-class Measured:
-    """One job's figures."""
-
-    name: str
-    asked: float
-    unit: str
-    nginx: list[float] = field(default_factory=list)
-    gateway: list[float] = field(default_factory=list)
-
-    @property
-    def ratio(self) -> float:
-        """Gateway / nginx, of the medians."""
-        return median(self.gateway) / median(self.nginx)
-
-
-def job(
-    name: str, asked: float, unit: str, per: float, peers: list[tuple[Process, Callable[[], None]]], rounds: int
-) -> Measured:
-    """Run the same job at both, in turn; figures are CPU seconds times `per`."""
-    measured = Measured(name, asked, unit)
-    for turn in range(rounds + 1):
-        for (process, run), figures in zip(peers, (measured.nginx, measured.gateway), strict=True):
-            before = process.cpu()
-            run()
-            if turn:
-                figures.append((process.cpu() - before) * per)
-    print(
-        f"{name}: nginx {median(measured.nginx):.3f} {unit}, gateway {median(measured.gateway):.3f} {unit}, "
-        f"ratio {measured.ratio:.2f} (asked {asked})",
-        flush=True,
-    )
-    return measured
 
 
 def idle_memory(process: Process, port: int, tls: bool, count: int) -> float:
@@ -75,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds, no report")
     parser.add_argument("--content", action="store_true", help="only the content grade; the rest of the report stays")
+    parser.add_argument("--stores", action="store_true", help="only IMAP and POP3; the rest of the report stays")
     arguments = parser.parse_args()
     quick = arguments.quick
     rounds, sessions, bulk, idle = (2, 300, 2, 500) if quick else (5, 2000, 8, IDLE)
@@ -86,14 +50,24 @@ def main() -> None:
         write(folder / "tls")
         certificate = (folder / "tls/development.crt", folder / "tls/development.key")
         tls = f"tls: {{certificates: [{{chain: {certificate[0]}, key: {certificate[1]}}}]}}"
-        if arguments.content:
-            opening = REPORT.read_text().partition("\n## ")[0]
-        else:
-            opening = _run(folder, certificate, tls, rounds, sessions, bulk, idle)
-        section = content.run(folder, tls, quick)
+        every = not (arguments.content or arguments.stores)
+        parts = sections(REPORT.read_text())
+        if every:
+            parts[""] = _run(folder, certificate, tls, rounds, sessions, bulk, idle)
+        if every or arguments.stores:
+            parts[stores.HEADING] = stores.run(folder, certificate, quick)
+        if every or arguments.content:
+            parts[content.HEADING] = content.run(folder, tls, quick)
     if not quick:
-        REPORT.write_text("\n".join([opening.rstrip("\n"), "", section, Path("bench/notes.md").read_text()]))
+        written = [parts.get(heading, "").strip("\n") + "\n" for heading in ("", stores.HEADING, content.HEADING)]
+        REPORT.write_text("\n".join([*written, Path("bench/notes.md").read_text()]))
         print(f"wrote {REPORT}")
+
+
+def sections(report: str) -> dict[str, str]:
+    """Heading to text with its heading; what stands before the first under ""."""
+    parts = report.split("\n## ")
+    return {"": parts[0]} | {f"## {part.partition(chr(10))[0]}": f"## {part}" for part in parts[1:]}
 
 
 def _run(
@@ -107,7 +81,7 @@ def _run(
 
     try:
         (sink,) = started_one(start_sink(folder))
-        (auth,) = started_one(start_auth(folder, sink))
+        (auth,) = started_one(start_auth(folder, {"smtp": sink}))
         nginx = start_nginx(folder, auth, certificate)
         pool = f"upstreams: {{sink: {{servers: [smtp://127.0.0.1:{sink}], tls: off, max_connections: 12000"
         opaque = start_gateway(
@@ -173,18 +147,11 @@ def _version(*argv: str) -> str:
 
 def _report(table: list[Measured], latency: tuple[float, float], memory: list[tuple[str, float]], rounds: int,
             sessions: int, bulk: int, idle: int) -> str:  # fmt: skip
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
-    rows = [
-        f"| {one.name} | {one.unit} | {median(one.nginx):.3f} | {median(one.gateway):.3f} "
-        f"({min(one.gateway):.3f} to {max(one.gateway):.3f}) | {one.asked} | **{one.ratio:.2f}** |"
-        for one in table
-    ]
+    rows = [one.row() for one in table]
     return "\n".join([
         "# Performance", "",
         "Written by `make bench`. nginx's mail proxy and the gateway do the same job in turn, in one run.", "",
-        f"- Machine: {cpu}, {platform.machine()}, Linux {platform.release().split('-')[0]}; 2 cores, shared and noisy: "
-        "the ratios count, not the figures.",
+        f"- Machine: {machine()}; 2 cores, shared and noisy: the ratios count, not the figures.",
         f"- Versions: {_version('nginx', '-v')}; Python {platform.python_version()} on uvloop; one worker each.",
         "- Method: smtp-source and smtp-sink at the ends (a small TLS client of our own where TLS is asked), "
         f"{sessions} "

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -154,21 +154,24 @@ def start_sink(folder: Path) -> tuple[Process, int]:
     return sink, port
 
 
-def start_auth(folder: Path, backend: int) -> tuple[Process, int]:
-    """An nginx of its own as auth server: its CPU is on nobody's account."""
+def start_auth(folder: Path, backends: Mapping[str, int]) -> tuple[Process, int]:
+    """An nginx of its own as auth server: its CPU is on nobody's account. `backends`: the port for each protocol."""
     port = free_port()
-    (folder / "auth").mkdir()
+    temporary = folder / "auth"
+    temporary.mkdir()
+    ports = " ".join(f"{protocol} {backend};" for protocol, backend in backends.items())
     config = folder / "auth.conf"
     config.write_text(f"""
 daemon off; user root; worker_processes 1; pid {folder}/auth.pid; error_log {folder}/auth-error.log warn;
 events {{ worker_connections 4096; }}
 http {{
     access_log off; keepalive_requests 1000000;
-    client_body_temp_path {folder}/auth/1; proxy_temp_path {folder}/auth/2; fastcgi_temp_path {folder}/auth/3;
-    uwsgi_temp_path {folder}/auth/4; scgi_temp_path {folder}/auth/5;
+    client_body_temp_path {temporary}/1; proxy_temp_path {temporary}/2; fastcgi_temp_path {temporary}/3;
+    uwsgi_temp_path {temporary}/4; scgi_temp_path {temporary}/5;
+    map $http_auth_protocol $backend {{ {ports} }}
     server {{ listen 127.0.0.1:{port};
         location / {{ add_header Auth-Status OK; add_header Auth-Server 127.0.0.1;
-                      add_header Auth-Port {backend}; return 204; }} }}
+                      add_header Auth-Port $backend; return 204; }} }}
 }}
 """)
     auth = Process(["nginx", "-e", f"{folder}/auth-error.log", "-c", str(config)], folder / "auth.log")
@@ -202,15 +205,19 @@ def start_gateway(
     folder: Path, name: str, pipeline: str, env: dict[str, str] | None = None
 ) -> tuple[Process, int, int]:
     """The gateway with these stages and upstreams: (process, plain port, TLS port)."""
-    plain, tls = free_port(), free_port()
+    gateway, (plain, tls) = start_gateway_for(folder, name, ("smtp", "smtps"), f"relay: open\n{pipeline}", env)
+    return gateway, plain, tls
+
+
+def start_gateway_for(
+    folder: Path, name: str, schemes: Sequence[str], pipeline: str, env: dict[str, str] | None = None
+) -> tuple[Process, list[int]]:
+    """The gateway with a listener for each scheme: the process, and the ports."""
+    ports = [free_port() for _ in schemes]
+    listen = ", ".join(f"{scheme}://127.0.0.1:{port}" for scheme, port in zip(schemes, ports, strict=True))
     path = folder / f"{name}.yaml"
-    path.write_text(f"""
-hostname: proxy.test
-listen: [smtp://127.0.0.1:{plain}, smtps://127.0.0.1:{tls}]
-relay: open
-{pipeline}
-""")
+    path.write_text(f"hostname: proxy.test\nlisten: [{listen}]\n{pipeline}\n")
     log = folder / f"{name}.log"
     gateway = Process([sys.executable, "-m", "gateway", "run", str(path)], log, env)
     gateway.until(lambda: "gateway: ready" in log.read_text())
-    return gateway, plain, tls
+    return gateway, ports

@@ -21,10 +21,10 @@ from gateway.facts import EvaluationError, Expression, Fact, FactValue, Phase, S
 from gateway.macros import connect_macros, helo_macros, mail_macros, rcpt_macros, refused_rcpt_macros
 from gateway.message import Message, NewBody
 from gateway.protocol.headers import Header, HeaderField
-from gateway.protocol.sasl import Certificate, Digest, Password, Token
+from gateway.protocol.sasl import Certificate, Digest, Exchange, Password, Token
 from gateway.protocol.smtp import Reply, domain_of
 from gateway.session import Client, Listener, Recipient, Session, Transaction
-from gateway.stage import Attempt, Kind, Outcome, Peer, Settings, Stage, Worker
+from gateway.stage import Attempt, Kind, Outcome, Peer, SaslStep, Settings, Stage, Worker
 from gateway.state.keys import client_key, network_key
 from gateway.state.store import Hit, Lease, Store, Window
 from gateway.tables import ListFile, NameTable, NetworkTable
@@ -86,12 +86,12 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "AddHeader", "AddRecipient", "Allow", "AppendHeader", "Attempt", "Authenticated", "Cause", "Certificate",
     "ChangeHeader", "ChangeSender", "Cidr", "CidrList", "Client", "Condition", "DeleteHeader", "Digest", "Discard",
-    "Duration", "Edit", "Edits", "EvaluationError", "ExistingFile", "Expression", "Fact", "FactValue",
+    "Duration", "Edit", "Edits", "EvaluationError", "Exchange", "ExistingFile", "Expression", "Fact", "FactValue",
     "FilterAddress", "FilterConnection", "FilterLost", "FilterTimeouts", "Header", "HeaderField", "Hit", "Hold",
     "HttpClient", "HttpError", "InsertHeader", "Kind", "Lease", "ListFile", "Listener", "Message", "NameTable",
     "NetworkTable", "NewBody", "Operation", "Outcome", "Password", "PathValue", "Peer", "Percent", "Phase",
-    "PoolReference", "Rate", "Recipient", "Refuse", "RemoveRecipient", "ReplaceBody", "Reply", "Rewrite", "Scope",
-    "Secret", "Session", "Settings", "Size", "Stage", "Store", "TextExpression", "Token", "Transaction", "Upstream",
-    "Verdict", "Window", "Worker", "client_key", "connect_macros", "domain_of", "helo_macros", "mail_macros",
-    "network_key", "rcpt_macros", "refused_rcpt_macros",
+    "PoolReference", "Rate", "Recipient", "Refuse", "RemoveRecipient", "ReplaceBody", "Reply", "Rewrite", "SaslStep",
+    "Scope", "Secret", "Session", "Settings", "Size", "Stage", "Store", "TextExpression", "Token", "Transaction",
+    "Upstream", "Verdict", "Window", "Worker", "client_key", "connect_macros", "domain_of", "helo_macros",
+    "mail_macros", "network_key", "rcpt_macros", "refused_rcpt_macros",
 ]  # fmt: skip

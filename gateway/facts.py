@@ -171,7 +171,7 @@ BUILT_IN: tuple[Fact, ...] = (
     _session(
         "proxy.address", "string", "", _P.CONNECT, lambda s: s.peer[0], "The TCP peer: a proxy or the client itself."
     ),
-    _session("protocol", "string", "smtp", _P.CONNECT, lambda s: s.protocol, "smtp or lmtp."),
+    _session("protocol", "string", "smtp", _P.CONNECT, lambda s: s.protocol, "smtp, lmtp, imap or pop3."),
     _session("tls.active", "bool", False, _P.SECURE, lambda s: s.tls is not None, "The connection is encrypted."),
     _tls("tls.version", "string", "", "version", "TLSv1.2, TLSv1.3; empty in clear text."),
     _tls("tls.cipher", "string", "", "cipher", "Name of the cipher."),

@@ -65,8 +65,18 @@ class Limits(BaseModel):
         "240s otherwise, then 451 and the upstream never gets its end.",
     )
     session_timeout: Duration = Field(86_400.0, description="A session in all.")
-    idle_timeout: Duration = Field(600.0, description="After the hand-off: no byte in either direction.")
+    idle_timeout: Duration | None = Field(
+        None,
+        description="After the hand-off: no byte in either direction. By default 10m, and 35m for IMAP, whose clients "
+        "repeat IDLE every 29 minutes (RFC 2177).",
+    )
     auth_delay: Duration = Field(2.0, description="Wait before a failed AUTH is answered; it doubles, up to 15s.")
     linger: Duration = Field(
         2.0, description="Wait for a client to take our last reply before the connection is closed."
     )
+
+    def idle(self, protocol: str) -> float:
+        """`idle_timeout` as it holds for this protocol, in seconds."""
+        if self.idle_timeout is not None:
+            return self.idle_timeout
+        return 2100.0 if protocol == "imap" else 600.0

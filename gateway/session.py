@@ -6,7 +6,7 @@ only through `state()`; identity is never set by hand but through verdicts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from gateway.facts import FactValue
@@ -179,17 +179,22 @@ class Transaction(_Stateful):
 class Session(_Stateful):
     """One client connection, from accept to close.
 
-    `peer` is the TCP peer, `client` who it speaks for (PROXY, XCLIENT). `user` is what the client typed at
+    `peer` is the TCP peer, `client` who it speaks for (PROXY, XCLIENT); `accepted_at` our own end of that connection,
+    `local` the address that the client connected to (PROXY, XCLIENT). `user` is what the client typed at
     AUTH, lower-cased; `identity` an override for upstreams (secret). `trusted`: a peer trusted for XCLIENT
-    gave the login.
+    gave the login. `password` or the OAuth `token` is for upstreams (secret); `relayed`: the upstream itself took the
+    login, so that no other connection has it. `upstream_offer` is what the upstreams in question announce. IMAP:
+    `tag` of the login command, `client_id` what the client's ID said.
     """
 
     __slots__ = (
+        "accepted_at",
         "allowed",
         "asked",
         "auth_failures",
         "auth_mechanism",
         "client",
+        "client_id",
         "early_talker",
         "esmtp",
         "facts",
@@ -205,14 +210,18 @@ class Session(_Stateful):
         "postponed",
         "protocol",
         "proxy_header",
+        "relayed",
         "started",
+        "tag",
         "times",
         "tls",
+        "token",
         "transaction",
         "transactions",
         "trusted",
         "typed_user",
         "upstream",
+        "upstream_offer",
         "user",
     )
 
@@ -227,6 +236,7 @@ class Session(_Stateful):
         self.protocol: str = listener.protocol
         self.peer: Address = peer
         self.local: Address = local
+        self.accepted_at: Address = local
         self.client: Client = Client(*peer)
         self.started = started
         self.proxy_header: ProxyHeader | None = None
@@ -238,6 +248,11 @@ class Session(_Stateful):
         self.typed_user: str = ""
         self.identity: str = ""
         self.password: str | None = None
+        self.token: str | None = None
+        self.relayed: bool = False
+        self.tag: bytes = b""
+        self.client_id: dict[str, str | None] | None = None
+        self.upstream_offer: Mapping[str, str] = {}
         self.auth_mechanism: str = ""
         self.auth_failures: int = 0
         self.trusted: bool = False

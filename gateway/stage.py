@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from gateway.facts import Fact
-from gateway.protocol.sasl import Certificate, Digest, Password, Token
+from gateway.protocol.sasl import Certificate, Digest, Exchange, Password, Token
 from gateway.protocol.smtp import Reply
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from gateway.dns.resolver import Resolver
     from gateway.state.store import Store
-    from gateway.verdicts import Cause
+    from gateway.verdicts import Cause, Refuse
 
 
 class Kind(Enum):
@@ -61,37 +63,75 @@ class Worker(Protocol):
 
 
 class Attempt(Protocol):
-    """One AUTH of a client: what it gave, and a way to send a failure challenge (OAuth) before the end."""
+    """One login of a client: what it gave, and a way to send it a further challenge before the end.
+
+    `credentials` are an `Exchange` where the stage says `relays_logins`: the mechanism and the client's initial
+    response, decoded, None without one. `challenge` sends bytes, before base64, and gives the client's decoded answer;
+    it raises PeerError where the client gives up or sends no base64. `open_upstream` opens the session's upstream
+    with nobody logged in there; it stays the session's if the stage says that the login succeeded. `user` is whom the
+    client says it is, for the log of a failure; a stage that relays an exchange sets it as far as it sees it.
+    """
+
+    user: str
 
     @property
-    def credentials(self) -> Password | Digest | Token | Certificate: ...
+    def credentials(self) -> Password | Digest | Token | Certificate | Exchange: ...
     @property
     def number(self) -> int: ...
     async def challenge(self, data: bytes) -> bytes: ...
+    async def open_upstream(self) -> Peer | Refuse: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SaslStep:
+    """What an upstream answers in a SASL exchange: its next challenge, decoded, or its final reply (235, 4xx, 5xx)."""
+
+    challenge: bytes | None
+    reply: Reply | None
 
 
 class Peer(Protocol):
     """The upstream server while its prelude runs.
 
-    `local` is true over unix sockets and loopback; `tls` once the connection is encrypted and, where the pool
-    asks for it, verified. `extensions` is the last EHLO: keyword to parameters.
+    `protocol` is smtp, lmtp, imap or pop3. `local` is true over unix sockets and loopback; `tls` once the connection is
+    encrypted and, where the pool asks for it, verified; `takes_secrets` where either holds or the pool allows clear
+    text: nothing secret may be said elsewhere. `extensions` is the last EHLO (IMAP, POP3: the capabilities): keyword
+    to parameters. `logged_in`: a login on this connection succeeded.
+
+    `command` is one line and its reply; of stores it has the codes 250 (OK), 550 (NO, -ERR), 450 (where it is
+    temporary), 500 (BAD), 334 (a continuation) and 421 (BYE), and IMAP's tag is added. `login` says user and password
+    as the server wants them and gives 2xx, or a refusal; 504 where it takes no password. `sasl` begins an exchange
+    with a message that is not encoded yet, `sasl_answer` goes on, `sasl_cancel` gives up. They raise LocalError for
+    line ends and NUL where those could become commands.
     """
 
     @property
     def url(self) -> str: ...
     @property
+    def protocol(self) -> str: ...
+    @property
     def local(self) -> bool: ...
     @property
     def tls(self) -> bool: ...
+    @property
+    def takes_secrets(self) -> bool: ...
+    @property
+    def logged_in(self) -> bool: ...
     @property
     def extensions(self) -> dict[str, str]: ...
     @property
     def address(self) -> tuple[str, int]: ...
     @property
     def local_address(self) -> tuple[str, int]: ...
+    @property
+    def greeting(self) -> Reply | None: ...
     def write(self, data: bytes) -> None: ...
     async def command(self, line: bytes, *, secret: bool = False) -> Reply: ...
-    async def hello(self, name: str = "") -> Reply: ...
+    async def hello(self, name: str = "", *, esmtp: bool = True) -> Reply: ...
+    async def login(self, user: bytes, password: bytes) -> Reply: ...
+    async def sasl(self, mechanism: str, initial: bytes | None) -> SaslStep: ...
+    async def sasl_answer(self, data: bytes) -> SaslStep: ...
+    async def sasl_cancel(self) -> SaslStep: ...
     def before_mail(self, line: bytes, expect: Callable[[Reply], None] | None = None) -> None: ...
     def identified(self) -> None: ...
 
@@ -107,6 +147,22 @@ class Timed:
     def __init__(self) -> None:
         self.clock: asyncio.Timeout | None = None
         self.waited = 0.0
+
+    @contextmanager
+    def client_s_turn(self, now: Callable[[], float]) -> Iterator[None]:
+        """While it lasts the client is waited for, not the stage; `now` is the loop's time."""
+        clock = self.clock
+        when = clock.when() if clock is not None else None
+        begun = now()
+        if clock is not None:
+            clock.reschedule(None)
+        try:
+            yield
+        finally:
+            waited = now() - begun
+            self.waited += waited
+            if clock is not None and when is not None and not clock.expired():
+                clock.reschedule(when + waited)
 
 
 class Outcome:
@@ -152,6 +208,8 @@ class Stage:
     counts_received: ClassVar[bool] = False  # asks the relay to count Received fields (setting `max_hops`)
     sends_proxy_header: ClassVar[bool] = False  # health checks of its pipeline send one, too
     login_decides: bool = False  # the login is the upstream's to decide: it is opened before 235
+    only_without_login: ClassVar[bool] = False  # its mail, rcpt and route matter for clients without a login alone
+    relays_logins: ClassVar[bool] = False  # it takes exchanges as they are, for the upstream to judge
     required: bool = False  # MAIL before AUTH is 530 (auth stages)
     timeout: float = 5.0  # of one call, in seconds; the setting `timeout` replaces it
 

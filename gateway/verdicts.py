@@ -32,8 +32,10 @@ class Cause(Enum):
     RATE_LIMIT = "rate limit"
     TLS_REQUIRED = "TLS required"
     CERTIFICATE_REQUIRED = "client certificate required"
+    CERTIFICATE_FAILED = "client certificate not verified"
     AUTH_REQUIRED = "authentication required"
     AUTH_FAILED = "authentication failed"
+    LOGIN_REFUSED = "the upstream refused the login"
     AUTH_UNAVAILABLE = "authentication unavailable"
     AUTH_TOO_MANY = "too many authentication failures"
     RELAY_DENIED = "relay denied"
@@ -253,10 +255,14 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where to go: the name of a pool, or one server (URL or `host:port`, numeric) given by an auth server."""
+    """Where to go: the name of a pool, or one server (URL or `host:port`) given by an auth server.
+
+    `identity` (secret in logs) is the login for that upstream of a client that did not log in.
+    """
 
     pool: str = ""
     server: str = ""
+    identity: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,13 +270,16 @@ class Authenticated:
     """The client is who it says.
 
     `user` is what the client typed; `identity` (secret in logs) overrides it towards upstreams;
-    `password` is for an upstream login; `upstream` a route that came with the answer.
+    `password` or the OAuth `token` is for an upstream login; `upstream` a route that came with the answer. `reply` is
+    an upstream's own word to the login that it took, to be passed on.
     """
 
     user: str
     identity: str = field(default="", repr=False)
     password: str | None = field(default=None, repr=False)
     upstream: Upstream | None = None
+    token: str | None = field(default=None, repr=False)
+    reply: Reply | None = None
 
 
 Verdict = Refuse | Hold | Allow | Rewrite | Edit | Discard | Authenticated | Upstream

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter
 
 from gateway import hookspecs, values, verdicts
-from gateway.config import models
+from gateway.config import listen, log_settings, models, resolver, tls_settings
 from gateway.facts import BUILT_IN, Fact
 from gateway.limits import Limits
 from gateway.observe.records import RECORDS
@@ -23,8 +23,9 @@ from gateway.pipeline.compile import hook_names
 from gateway.pipeline.conditions import FUNCTIONS
 from gateway.pipeline.reference import settings_rows
 from gateway.pipeline.registry import GROUP, Registry
-from gateway.replies import CAUSES
-from gateway.stage import Attempt, Kind, Outcome, Peer, Stage, Worker
+from gateway.replies import CAUSES, FAMILIES, FIXED, Replies
+from gateway.stage import Attempt, Kind, Outcome, Peer, SaslStep, Stage, Worker
+from gateway.verdicts import Refuse
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 NOTE = "<!-- Written by `make docs` from the code; edit that. -->"
@@ -92,9 +93,10 @@ def _within(annotation: object) -> Iterator[type[BaseModel]]:
 
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("The pipeline", "The keys of a document.", models.Pipeline),
-    ("listen", "Each entry is a URL, or a mapping:", models.Listener),
-    ("tls", "", models.Tls),
-    ("tls.certificates", "", models.Certificate),
+    ("listen", "Each entry is a URL, or a mapping:", listen.Listener),
+    ("listen: keepalive", "`on` takes the system's values, `off` sends no probes.", listen.Keepalive),
+    ("tls", "", tls_settings.Tls),
+    ("tls.certificates", "", tls_settings.Certificate),
     ("trust", "", models.Trust),
     ("limits", "", Limits),
     ("spool", "Or `spool: always`.", models.Spool),
@@ -103,8 +105,13 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("upstreams: health", "", models.Health),
     ("upstreams: reuse", "`reuse: on` takes the defaults.", models.Reuse),
     ("upstreams: capabilities", "", models.PoolCapabilities),
+    ("dynamic_servers", "As a pool's, without `servers` and `balance`:", models.ServerSettings),
+    ("replies", "[Replies](replies.md) lists the names.", models.WrittenReplies),
     ("tables", "`tables` maps names to lists, or to mappings:", models.Table),
-    ("log", "", models.Log),
+    ("log", "", log_settings.Log),
+    ("log: sinks", "", log_settings.LogSink),
+    ("listen: log", "As the pipeline's, but for `debug_clients`:", log_settings.LogSinks),
+    ("resolver", "", resolver.ResolverSettings),
     ("process", "At most one of all documents that are loaded together has it.", models.Process),
 )
 
@@ -249,7 +256,7 @@ What a method answers, from `gateway`. Which may be given where stands in the si
 failure of the stage, for which `on_error` has the verdict.
 """
 
-OBJECTS: tuple[tuple[str, type], ...] = (("worker", Worker), ("attempt", Attempt), ("peer", Peer), ("outcome", Outcome))
+OBJECTS: tuple[tuple[str, type], ...] = (("worker", Worker), ("attempt", Attempt), ("peer", Peer), ("step", SaslStep), ("outcome", Outcome))
 
 
 def hooks() -> str:
@@ -306,13 +313,45 @@ stands at the end unless `reply_id: false`.
 """
 
 
+STORE_REPLIES = """
+IMAP and POP3 have no numbers. A refused command is answered with what stands here (IMAP with its tag in front); a
+session that is refused as a whole ends with `* BYE` in place of `NO`. Temporary forms have `UNAVAILABLE` or `SYS/TEMP`
+where a cause has no response code of its own.
+"""
+
+WRITTEN = """
+A pipeline may say something else: `replies: {smtp: {upstream_down: 451 4.3.0 come back later}}`. Names are those of the
+causes, in lower case, and of these fixed replies to commands. What is written is said as it stands, without the
+session's id. In SMTP `unknown_command`, `bad_argument`, `not_available`, `bad_sequence` and `bad_parameter` are all
+errors of ours with the codes 500, 501, 502, 503 and 504 that have no name of their own. A greeting that is written names no instance, so that a
+connection that leads back to this gateway is not noticed by it.
+"""
+
+
 def replies() -> str:
-    rows = []
+    rows, stores = [], []
+    imap, pop3 = Replies("imap"), Replies("pop3")
     for cause, row in CAUSES.items():
         default = row.temporary if row.is_temporary else row.permanent
         other = row.permanent if row.is_temporary else row.temporary
         rows.append([code(cause.name), cause.value, default, other, row.text])
-    return page("Replies", REPLIES, table(["cause", "in logs", "SMTP reply", "its other form", "text"], rows))
+        stores.append([code(cause.name), imap.store(Refuse(cause)), pop3.store(Refuse(cause))])
+    names = list(dict.fromkeys(name for family in FAMILIES for name in FIXED[family]))
+    fixed = [
+        [code(name), *(FIXED[family][name] or "computed" if name in FIXED[family] else "" for family in FAMILIES)]
+        for name in names
+    ]
+    return page(
+        "Replies",
+        REPLIES,
+        table(["cause", "in logs", "SMTP reply", "its other form", "text"], rows),
+        "## IMAP and POP3",
+        STORE_REPLIES,
+        table(["cause", "IMAP", "POP3"], stores),
+        "## Written replies",
+        WRITTEN,
+        table(["name", "SMTP", "IMAP", "POP3"], fixed),
+    )
 
 
 LOGS = """

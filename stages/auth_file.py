@@ -1,8 +1,8 @@
 """Verify users against a file of `user:hash` lines, as htpasswd, doveadm and `gateway hash-password` make them.
 
-Asked in auth, for PLAIN, LOGIN and, if switched on and the file has {PLAIN} entries, CRAM-MD5. A verify costs 50 to
-500 ms of CPU by design, so it runs in a few threads of the stage; when too many wait, the answer is 454. Unknown
-users cost as much as known ones. The file is looked at before each verify and read again when it has changed; a
+Asked in auth, for PLAIN, LOGIN and, if switched on and the file has {PLAIN} entries, CRAM-MD5 and APOP. A verify
+costs 50 to 500 ms of CPU by design, so it runs in a few threads of the stage; when too many wait, the answer is 454.
+Unknown users cost as much as known ones. The file is looked at before each verify and read again when it has changed; a
 new one that cannot be read or has a bad line is logged, and the last good one stays in use.
 
 Forms: bcrypt ($2b$, $2y$), argon2 ($argon2id$), sha512-crypt ($6$), sha256-crypt ($5$), md5-crypt ($1$), apr1
@@ -16,7 +16,6 @@ the hash are ignored. Empty lines and lines that begin with # too. Users are com
 
 from __future__ import annotations
 
-import hmac
 import os
 from asyncio import AbstractEventLoop
 from collections import Counter
@@ -45,6 +44,7 @@ from gateway import (
     Worker,
 )
 from gateway.passwords import PLAIN, StoredPassword, parse_stored, verify_password
+from gateway.protocol import sasl
 
 if TYPE_CHECKING:
     import structlog
@@ -102,6 +102,7 @@ class AuthFileSettings(Settings):
     file: ExistingFile = Field(description="File of `user:hash` lines; relative to the pipeline file.")
     required: bool = Field(True, description="MAIL before AUTH is 530.")
     cram_md5: bool = Field(False, description="Offer CRAM-MD5, for users whose entry is {PLAIN}.")
+    apop: bool = Field(False, description="Offer POP3's APOP, for users whose entry is {PLAIN}.")
     fallthrough: bool = Field(False, description="Leave users that the file does not have to the next auth stage.")
     cache: Duration = Field(0.0, le=60, description="How long a right password is remembered, at most 60s; 0: not.")
     threads: int = Field(2, ge=1, le=16, description="Verifies at a time.")
@@ -148,10 +149,14 @@ class AuthFile(Stage):
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def mechanisms(self, session: Session) -> Sequence[str]:
-        """PLAIN, LOGIN, and CRAM-MD5 where it can be verified."""
-        if self.settings.cram_md5 and self._users is not None and self._users.in_clear:
-            return ("PLAIN", "LOGIN", "CRAM-MD5")
-        return ("PLAIN", "LOGIN")
+        """PLAIN, LOGIN, and CRAM-MD5 and APOP where they can be verified."""
+        names = ["PLAIN", "LOGIN"]
+        if self._users is not None and self._users.in_clear:
+            if self.settings.cram_md5:
+                names.append("CRAM-MD5")
+            if self.settings.apop and session.protocol == "pop3":
+                names.append("APOP")
+        return tuple(names)
 
     async def auth(self, session: Session, attempt: Attempt) -> Refuse | Authenticated | None:
         """Verify a password or a CRAM-MD5 digest."""
@@ -165,7 +170,9 @@ class AuthFile(Stage):
         if isinstance(given, Digest):
             known = entry is not None and entry.verifier == PLAIN
             key = entry.hash if entry is not None and known else "*"
-            return Authenticated(given.user) if _digest_fits(key, given) and known else Refuse(Cause.AUTH_FAILED)
+            if not (_digest_fits(key, given) and known):
+                return Refuse(Cause.AUTH_FAILED)
+            return Authenticated(given.user, password=key)
         if given.authzid.lower() not in ("", given.user.lower()):
             return Refuse(Cause.AUTH_FAILED, log=f"{self.id}: no user may act for another")
         right = await self._right(entry or users.stand_in, given.user, given.password)
@@ -223,6 +230,6 @@ class AuthFile(Stage):
 
 
 def _digest_fits(key: str, given: Digest) -> bool:
-    """CRAM-MD5 (RFC 2195): the keyed MD5 of our challenge, in hexadecimal."""
-    expected = hmac.new(key.encode("utf-8", "surrogateescape"), given.challenge, "md5").hexdigest()
-    return hmac.compare_digest(expected.encode(), given.digest.lower().encode())
+    """CRAM-MD5 (RFC 2195): the keyed MD5 of our challenge; APOP (RFC 1939 7): the plain one of both."""
+    verify = sasl.verify_apop if given.mechanism == "APOP" else sasl.verify_cram_md5
+    return verify(key, given.challenge, given.digest)

@@ -11,19 +11,21 @@ What a server may answer beyond nginx: names, `[v6]` and `unix:/path` in Auth-Se
 of a pool; `Auth-Status: OK` alone leaves the choice to `route` and `splice`. Differences, on purpose:
 
 - WAIT asks again after at least a second, at most ten times and within a minute;
-- a failed AUTH without Auth-Wait does not close the session; the gateway's own limits do. Auth-Wait is capped at 120s;
-- a refused recipient gets Auth-Error-Code or 550 5.7.1, where nginx says 535 5.7.0 and closes;
+- a failed AUTH without Auth-Wait does not close the session (`close_without_wait: true`: it does); the gateway's own
+  limits do. Auth-Wait is capped at 120s;
+- a refused recipient gets Auth-Error-Code or 550 5.7.1, where nginx says 535 5.7.0 (`error_code: 535 5.7.0`) and
+  closes;
 - an answer without Auth-Status counts as OK only if it names an upstream: an error page is no login;
 - control characters in Auth-SMTP-* are sent as `?`; EXTERNAL is offered only with a verified certificate.
 
 `auth.user` is what the client typed. Auth-User overrides it towards upstreams only (XCLIENT LOGIN, upstream
-AUTH) and is never logged.
+AUTH) and is never logged. With method none it goes with the upstream that the same answer names.
 
     stages:
       - auth_http: http://127.0.0.1:8000/auth
       - auth_http:
           urls: ["http://auth1.internal:8000/auth", "https://auth2.internal/auth"]
-          headers: {X-Auth-Key: "${AUTH_KEY}"}
+          headers: {X-Auth-Key: "${AUTH_KEY}", X-Site: [one, two]}
           methods: [plain, login, external]
 """
 
@@ -45,6 +47,7 @@ from gateway import (
     Certificate,
     Digest,
     Duration,
+    Exchange,
     HttpClient,
     Kind,
     Password,
@@ -60,7 +63,7 @@ from gateway import (
     Upstream,
     Worker,
 )
-from gateway.protocol.auth_http import Answer, parse_answer
+from gateway.protocol.auth_http import ERROR_CODE, Answer, parse_answer
 from gateway.protocol.http1 import escape
 from gateway.protocol.smtp import format_mail, format_rcpt
 
@@ -70,7 +73,7 @@ HOLD_SECONDS = 120.0
 CACHED = 10_000
 
 Fields = list[tuple[str, bytes]]
-Method = Literal["plain", "login", "cram-md5", "external", "xoauth2", "oauthbearer"]
+Method = Literal["plain", "login", "cram-md5", "apop", "external", "xoauth2", "oauthbearer"]
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
@@ -98,8 +101,24 @@ def _header_value(value: Secret) -> Secret:
     return value
 
 
+def _error_code(code: str) -> str:
+    if not ERROR_CODE.fullmatch(code):
+        raise ValueError("not the code of an error; write 535 5.7.0")
+    return code
+
+
+def _listed(value: object) -> object:
+    if value == []:
+        raise ValueError("an empty list would send nothing; remove it")
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 HeaderValue = Annotated[Secret, AfterValidator(_header_value)]
+HeaderValues = Annotated[
+    tuple[HeaderValue, ...],
+    BeforeValidator(_listed, json_schema_input_type=HeaderValue | tuple[HeaderValue, ...]),
+]
 
 
 def _lower(value: object) -> object:
@@ -117,8 +136,9 @@ class AuthHttpSettings(Settings):
     urls: tuple[Annotated[str, AfterValidator(_url)], ...] = Field(
         (), description="Several servers: the first that answers counts; one that fails is left alone for 5s."
     )
-    headers: dict[HeaderName, HeaderValue] = Field(
-        default_factory=dict, description="Header fields sent with every request, such as a shared key."
+    headers: dict[HeaderName, HeaderValues] = Field(
+        default_factory=dict,
+        description="Header fields sent with every request, such as a shared key; a list is a field for each value.",
     )
     request_timeout: Duration = Field(15.0, gt=0, description="One question, all servers tried together.")
     connections: int = Field(32, ge=1, description="Connections to each server; more questions wait.")
@@ -132,6 +152,13 @@ class AuthHttpSettings(Settings):
     required: bool | None = Field(None, description="MAIL before AUTH is 530. Default: true unless `none`.")
     cache: Duration = Field(
         0.0, le=60, description="How long an OK is remembered for exactly the same request, at most 60s; 0: not."
+    )
+    error_code: Annotated[str, AfterValidator(_error_code)] | None = Field(
+        None,
+        description="Code where the server sends no Auth-Error-Code; default 535 5.7.0 at AUTH and 550 5.7.1 at RCPT.",
+    )
+    close_without_wait: bool = Field(
+        False, description="As nginx: an error without Auth-Wait ends the session once the client has read it."
     )
     pass_client_certificate: bool = Field(False, description="Send the client's certificate as Auth-SSL-Cert.")
 
@@ -166,6 +193,7 @@ class AuthHttp(Stage):
     decides_identity = True
     never_pass = True
     names_servers = True
+    only_without_login = True
     timeout = 15.0 + WAIT_SECONDS
     settings: AuthHttpSettings
     _clock: Callable[[], float]
@@ -176,7 +204,9 @@ class AuthHttp(Stage):
         self.route_phase = Phase.RCPT
         urls = settings.urls or (settings.url or "",)
         self._client = HttpClient(urls, timeout=settings.request_timeout, max_connections=settings.connections)
-        self._headers: Fields = [(name, value.reveal().encode()) for name, value in settings.headers.items()]
+        self._headers: Fields = [
+            (name, value.reveal().encode()) for name, values in settings.headers.items() for value in values
+        ]
         self._mechanisms = tuple(method.upper() for method in settings.methods)
         self._cache: dict[bytes, tuple[float, Answer]] = {}
         self._key = token_bytes(32)
@@ -198,31 +228,37 @@ class AuthHttp(Stage):
         return (*asked, "route") if self.settings.per == "session" else (*asked, "route", "rcpt")
 
     def mechanisms(self, session: Session) -> Sequence[str]:
-        """As configured; EXTERNAL only with a verified client certificate."""
-        if session.tls is not None and session.tls.verified:
-            return self._mechanisms
-        return tuple(name for name in self._mechanisms if name != "EXTERNAL")
+        """As configured; EXTERNAL only with a verified client certificate, APOP in POP3."""
+        verified = session.tls is not None and session.tls.verified
+        return tuple(
+            name
+            for name in self._mechanisms
+            if (name != "EXTERNAL" or verified) and (name != "APOP" or session.protocol == "pop3")
+        )
 
     async def auth(self, session: Session, attempt: Attempt) -> Refuse | Authenticated | None:
         """Ask with the client's credentials."""
         given = attempt.credentials
-        if given.mechanism not in self.mechanisms(session):
+        if isinstance(given, Exchange) or given.mechanism not in self.mechanisms(session):
             return None
         if isinstance(given, Password) and given.authzid not in ("", given.user):
             return Refuse(Cause.AUTH_FAILED, log=f"{self.id}: no user may act for another")
         fields = _credentials(given)
-        fields += [("Auth-Protocol", session.protocol.encode()), ("Auth-Login-Attempt", b"%d" % attempt.number)]
-        answer = await self._ask([*fields, *_client(session), *self._tls(session), *self._headers])
+        fields += [("Auth-Protocol", _protocol(session)), ("Auth-Login-Attempt", b"%d" % attempt.number)]
+        answer = await self._ask(session, [*fields, *_client(session), *self._tls(session), *self._headers])
         if answer.error is not None:
-            code = answer.code or "535 5.7.0"
+            code = answer.code or self.settings.error_code or "535 5.7.0"
             cause = Cause.AUTH_FAILED if code[0] == "5" else Cause.AUTH_UNAVAILABLE
-            return _refuse(cause, code, answer)
+            return self._refuse(cause, code, answer)
         user = _user(given) or answer.user
         if not user:
             raise AuthServerError("said OK without naming the user of a certificate (Auth-User)")
         typed = given.password if isinstance(given, Password) else None
         password = typed if answer.password is None else answer.password
-        return Authenticated(user, identity=answer.user, password=password, upstream=_upstream(answer))
+        token = given.token if isinstance(given, Token) and answer.password is None else None
+        return Authenticated(
+            user, identity=answer.user, password=password, upstream=_upstream(answer), token=token
+        )
 
     async def rcpt(self, session: Session, recipient: Recipient) -> Refuse | None:
         """Ask about every recipient, or every transaction, of a client without AUTH."""
@@ -248,11 +284,12 @@ class AuthHttp(Stage):
         mail = format_mail(transaction.original_sender, transaction.parameters)
         rcpt = format_rcpt(recipient.original, recipient.parameters)
         answer = await self._ask(
+            session,
             [
                 ("Auth-Method", b"none"),
                 ("Auth-User", b""),
                 ("Auth-Pass", b""),
-                ("Auth-Protocol", session.protocol.encode()),
+                ("Auth-Protocol", _protocol(session)),
                 ("Auth-Login-Attempt", b"%d" % (session.auth_failures + memory.count)),
                 *_client(session),
                 ("Auth-SMTP-Helo", helo),
@@ -260,33 +297,36 @@ class AuthHttp(Stage):
                 ("Auth-SMTP-To", _CONTROL.sub(b"?", rcpt)),
                 *self._tls(session),
                 *self._headers,
-            ]
+            ],
         )
-        refused = answer.error is not None
-        asked.verdict = _refuse(Cause.POLICY, answer.code or "550 5.7.1", answer) if refused else _upstream(answer)
+        if answer.error is not None:
+            code = answer.code or self.settings.error_code or "550 5.7.1"
+            asked.verdict = self._refuse(Cause.POLICY, code, answer)
+        else:
+            asked.verdict = _upstream(answer, answer.user)
         asked.recipient = recipient
         return asked.verdict
 
-    async def _ask(self, fields: Fields) -> Answer:
+    async def _ask(self, session: Session, fields: Fields) -> Answer:
         """The server's last word, or what it said a moment ago. Raises HttpError, PeerError, AuthServerError."""
         if not self.settings.cache:
-            return await self._decided(fields)
+            return await self._decided(session.protocol, fields)
         key = _cache_key(self._key, fields)
         known = self._cache.get(key)
         if known is not None and known[0] > self._clock():
             return known[1]
-        answer = await self._decided(fields)
+        answer = await self._decided(session.protocol, fields)
         if answer.error is None:
             if len(self._cache) >= CACHED:
                 self._cache.clear()
             self._cache[key] = (self._clock() + self.settings.cache, answer)
         return answer
 
-    async def _decided(self, fields: Fields) -> Answer:
+    async def _decided(self, protocol: str, fields: Fields) -> Answer:
         """Ask, and ask again while the server says WAIT."""
         waited = 0.0
         for _ in range(WAITS + 1):
-            answer = parse_answer((await self._client.get(fields)).headers)
+            answer = parse_answer((await self._client.get(fields)).headers, protocol)
             if not answer.wait:
                 return answer
             pause = max(1.0, answer.seconds)
@@ -295,6 +335,17 @@ class AuthHttp(Stage):
                 break
             await self._sleep(pause)
         raise AuthServerError("said WAIT for too long")
+
+    def _refuse(self, cause: Cause, code: str, answer: Answer) -> Refuse:
+        """The server's error text as the client's reply, after Auth-Wait."""
+        reply = Reply.of(f"{code} {answer.error}")
+        return Refuse(
+            cause,
+            temporary=reply.code < 500,
+            reply=reply,
+            hold=min(answer.seconds, HOLD_SECONDS),
+            disconnect=reply.code in (421, 521) or (self.settings.close_without_wait and not answer.seconds),
+        )
 
     def _tls(self, session: Session) -> Fields:
         """Auth-SSL-*: what the handshake settled, and the certificate if one was asked for."""
@@ -306,10 +357,11 @@ class AuthHttp(Stage):
             ("Auth-SSL-Protocol", tls.version.encode()),
             ("Auth-SSL-Cipher", tls.cipher.encode()),
         ]
+        if not tls.verification:
+            return fields
+        fields.append(("Auth-SSL-Verify", _clean(tls.verification)))
         if tls.certificate is None:
-            return [*fields, ("Auth-SSL-Verify", b"NONE")] if tls.verify_error else fields
-        verify = "SUCCESS" if tls.verified else f"FAILED:{tls.verify_error}"
-        fields.append(("Auth-SSL-Verify", _clean(verify)))
+            return fields
         memory = session.state(self, _Memory)
         if memory.certificate is None:
             memory.certificate = _certificate(tls.certificate, self.settings.pass_client_certificate)
@@ -317,12 +369,12 @@ class AuthHttp(Stage):
 
 
 def _credentials(given: Password | Digest | Token | Certificate) -> Fields:
-    """Auth-Method, -User, -Pass and, for CRAM-MD5, -Salt."""
+    """Auth-Method, -User, -Pass and, for CRAM-MD5 and APOP, -Salt."""
     salt: Fields = []
     if isinstance(given, Password):
         method, secret = b"plain", given.password
     elif isinstance(given, Digest):
-        method, secret = b"cram-md5", given.digest
+        method, secret = given.mechanism.lower().encode(), given.digest
         salt = [("Auth-Salt", _CONTROL.sub(b"?", given.challenge))]
     elif isinstance(given, Token):
         method, secret = given.mechanism.lower().encode(), given.token
@@ -338,7 +390,9 @@ def _client(session: Session) -> Fields:
         name = _clean(client.name)
     else:
         name = b"[TEMPUNAVAIL]" if client.name_status == "tempunavail" else b"[UNAVAILABLE]"
-    fields = [("Client-IP", client.address.encode()), ("Client-Host", name)]
+    fields = [("Client-IP", client.address.encode())]
+    if session.protocol in ("smtp", "lmtp"):
+        fields.append(("Client-Host", name))
     header = session.proxy_header
     if header is not None and header.source is not None and header.destination is not None:
         fields += [
@@ -374,6 +428,10 @@ def _certificate(der: bytes, whole: bool) -> Fields:
     return [(name, value) for name, value in fields if value]
 
 
+def _protocol(session: Session) -> bytes:
+    return b"smtp" if session.protocol == "lmtp" else session.protocol.encode()
+
+
 def _escaped(text: str) -> bytes:
     return escape(text.encode("utf-8", "surrogateescape"))
 
@@ -396,21 +454,10 @@ def _cache_key(key: bytes, fields: Fields) -> bytes:
     return mac.digest()
 
 
-def _refuse(cause: Cause, code: str, answer: Answer) -> Refuse:
-    reply = Reply.of(f"{code} {answer.error}")
-    return Refuse(
-        cause,
-        temporary=reply.code < 500,
-        reply=reply,
-        hold=min(answer.seconds, HOLD_SECONDS),
-        disconnect=reply.code in (421, 521),
-    )
-
-
-def _upstream(answer: Answer) -> Upstream | None:
+def _upstream(answer: Answer, identity: str = "") -> Upstream | None:
     if answer.pool:
-        return Upstream(pool=answer.pool)
-    return Upstream(server=answer.server) if answer.server else None
+        return Upstream(pool=answer.pool, identity=identity)
+    return Upstream(server=answer.server, identity=identity) if answer.server else None
 
 
 def _user(given: Password | Digest | Token | Certificate) -> str:

@@ -3,7 +3,7 @@
 Asked once a connection, at upstream_connect, before TLS and greeting; it costs a few microseconds and waits for
 nothing. The upstream must expect the header (Postfix: `smtpd_upstream_proxy_protocol`), or it will take it for
 garbage. The addresses are the client's and the one it connected to, both as a PROXY header or XCLIENT towards
-the gateway gave them. A client without an IP address (a unix listener) is refused for now with 451: the
+the gateway gave them; with `destination: local` the second is the gateway's own end of the connection. A client without an IP address (a unix listener) is refused for now with 451: the
 upstream would take the gateway's own address for the client's.
 
 Version 2 carries the client's TLS name and state too, and on request the session's id. The header never exceeds
@@ -33,6 +33,9 @@ class ProxyHeaderSettings(Settings):
     short_form: ClassVar[str | None] = "version"
 
     version: Literal[1, 2] = Field(2, description="Version of the PROXY protocol.")
+    destination: Literal["received", "local"] = Field(
+        "received", description="Where the client connected to: as PROXY or XCLIENT said, or the gateway's own address."
+    )
     tls: bool = Field(True, description="Version 2: say which TLS name, version and cipher the client used.")
     session_id: bool = Field(False, description="Version 2: send the session's id as UNIQUE_ID.")
 
@@ -51,7 +54,8 @@ class ProxyHeader(Stage):
     def upstream_connect(self, session: Session, peer: Peer) -> Refuse | None:
         """Write the header."""
         client = session.client
-        source, destination = (client.address, client.port), session.local
+        source = client.address, client.port
+        destination = session.accepted_at if self.settings.destination == "local" else session.local
         tlvs = self._tlvs(session) if self.settings.version == 2 else []
         try:
             if self.settings.version == 1:

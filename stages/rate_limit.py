@@ -41,6 +41,7 @@ from gateway import (
     Cause,
     Certificate,
     CidrList,
+    Exchange,
     Expression,
     Hit,
     Kind,
@@ -60,6 +61,7 @@ from gateway import (
     Worker,
     client_key,
 )
+from gateway.protocol.sasl import Observer
 
 MAX_KEY = 128  # longer ones are hashed: a client may send names of any length
 
@@ -274,8 +276,16 @@ class RateLimit(Stage):
 
 
 def _user_tried(attempt: Attempt) -> str:
+    """Whom the client says it is; of an exchange that is relayed, as far as its first message tells."""
     credentials = attempt.credentials
-    return (credentials.authzid if isinstance(credentials, Certificate) else credentials.user).lower()
+    if isinstance(credentials, Certificate):
+        return credentials.authzid.lower()
+    if isinstance(credentials, Exchange):
+        observer = Observer(credentials.mechanism)
+        if credentials.initial is not None:
+            observer.message(credentials.initial)
+        return observer.user.lower()
+    return credentials.user.lower()
 
 
 def _limited(key: str, *, disconnect: bool = False) -> Refuse:

@@ -6,11 +6,11 @@ XCLIENT use:
 - `client.name`: the verified name, else empty;
 - `client.reverse_name`: the first PTR name, verified or not;
 - `client.name_status`: `ok`; `unavailable` (no such name, or it does not point back); `tempunavail` (a name server
-  failed or did not answer within `wait`).
+  failed or did not answer within `wait`; the client is on a local socket, and nobody is asked).
 
 Costs two or three questions to the pipeline's `resolvers`, cached by their TTL and asked while a `greeting_delay` above
-it runs. A name server that is down costs `wait` and makes the name `tempunavail`; the session goes on. A client on
-a local socket has no name and costs nothing.
+it runs; `resolver` says which addresses are looked for, and for how long an answer is believed. A name server that
+is down costs `wait` and makes the name `tempunavail`; the session goes on.
 
     stages:
       - reverse_dns
@@ -55,7 +55,7 @@ class ReverseDns(Stage):
         """Look up the name of the client's address."""
         client = session.client
         if not _has_name(client.address):
-            client.name_status = "unavailable"
+            client.name_status = "tempunavail"
             return
         try:
             async with asyncio.timeout(self.settings.wait):

@@ -17,11 +17,15 @@ Costs nothing by itself; it has no helper that could be down.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gateway import Kind, PoolReference, Settings, Stage
+
+
+def _pass(value: object) -> object:
+    return "always" if value is True else "never" if value is False else value
 
 
 class SpliceSettings(Settings):
@@ -34,6 +38,11 @@ class SpliceSettings(Settings):
     )
     handoff: Literal["auto", "always", "never"] = Field(
         "auto", description="When the gateway stops reading: once nothing more is needed, always then, or never."
+    )
+    pass_error_message: Annotated[Literal["auto", "always", "never"], BeforeValidator(_pass)] = Field(
+        "auto",
+        description="Whose words a client reads when the upstream refuses it: ours but where they judge the client "
+        "(auto), the upstream's own of any refusal (always, on), or ours of any (never, off).",
     )
 
 

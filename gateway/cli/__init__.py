@@ -12,6 +12,7 @@ COMMANDS = {
     "probe": "Connect to each upstream as a pipeline would and say what is believed.",
     "stages": "What stages are installed, and their settings.",
     "schema": "JSON schema of a pipeline file, for editors.",
+    "import-nginx": "nginx's mail configuration as pipeline files.",
     "hash-password": "Hash a password for a users file.",
 }
 

@@ -14,11 +14,11 @@ from gateway.pipeline.compile import Plan
 from gateway.service.worker import StageWorker
 from gateway.session import Client, Listener, Session
 from gateway.state.memory import MemoryStore
+from gateway.upstream.connection import UpstreamConnection, UpstreamError, quits_done
 from gateway.upstream.pool import Pool, PoolSettings
 from gateway.upstream.prelude import open_upstream
 from gateway.upstream.probe import probe_server
 from gateway.upstream.server import Server
-from gateway.upstream.smtp import Connection, UpstreamError, quits_done
 from gateway.verdicts import Refuse
 
 CLIENT = ("192.0.2.1", 25252)  # TEST-NET-1: no real client has it (RFC 5737)
@@ -94,7 +94,7 @@ async def _probe(plan: Plan, name: str, settings: PoolSettings) -> bool:
     return True
 
 
-def _xclient(opened: Connection | Refuse, offered: bool, asks: bool) -> str:
+def _xclient(opened: UpstreamConnection | Refuse, offered: bool, asks: bool) -> str:
     if not asks:
         return "offered; no stage of this pipeline sends it" if offered else "not offered, and not sent"
     if isinstance(opened, Refuse):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
@@ -17,17 +17,26 @@ from pydantic_core import CoreSchema
 
 from gateway.values import KIND, NotA, json_schema, plain_schema, shown
 
-SCHEMES = ("smtp", "smtps", "lmtp")
-LATER_SCHEMES = (
-    "imap", "imaps", "pop3", "pop3s", "milter", "auth-http", "policy", "tcp-table", "socketmap", "sasl",
-)  # fmt: skip
-DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
-
+SCHEMES = ("smtp", "smtps", "lmtp", "imap", "imaps", "pop3", "pop3s")
+IMPLICIT_TLS = ("smtps", "imaps", "pop3s")
+LATER_SCHEMES = ("milter", "auth-http", "policy", "tcp-table", "socketmap", "sasl")
+DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24, "imap": 143, "imaps": 993, "pop3": 110, "pop3s": 995}
+_BY_PORT = {str(port): scheme for scheme, port in DEFAULT_PORTS.items()}
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,254}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
 _HOST_PORT = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]/@]*))(?::(\d{1,5}))?")
-_PATTERN = r"(smtps?|lmtp)(://\S+|\+unix:/\S+)|unix:/\S+"
+_RANGE = re.compile(r"(.*:)(\d{1,5})-(\d{1,5})/?", re.DOTALL)
+_PATTERN = r"(smtps?|lmtp|imaps?|pop3s?)(://\S+|\+unix:/\S+)|unix:/\S+"
+_LIKE_UNIX = re.compile(r"([a-z0-9]+):(?://)?unix:(/.*)", re.DOTALL)
+_LIKE_INET = re.compile(r"([a-z0-9]+):(?:inet:)?([^/].*:\d+)", re.DOTALL)
+
+
+def _protocol(scheme: str) -> str:
+    """smtp, lmtp, imap or pop3: what is spoken there, whatever it is wrapped in."""
+    if scheme in IMPLICIT_TLS:
+        return scheme.removesuffix("s")
+    return scheme if scheme in SCHEMES else "smtp"  # the embedded server
 
 
 def _joined(host: str, port: int) -> str:
@@ -55,35 +64,46 @@ class Resolver:
 
 @dataclass(frozen=True, slots=True)
 class ListenUrl:
-    """Where a listener listens: `host` and `port` (an empty host is every address), or the unix socket `path`."""
+    """Where a listener listens: `host` and `port` (an empty host is every address), or the unix socket `path`.
+
+    Of a range of ports `port` is the first one and `last_port` the last one, else 0; `urls` takes it apart.
+    """
 
     scheme: str
     host: str = ""
     port: int = 0
     path: str = ""
+    last_port: int = 0
 
     @property
     def protocol(self) -> str:
-        """smtp or lmtp: what is spoken there, whatever it is wrapped in."""
-        return "lmtp" if self.scheme == "lmtp" else "smtp"
+        """smtp, lmtp, imap or pop3: what is spoken there, whatever it is wrapped in."""
+        return _protocol(self.scheme)
 
     @property
     def implicit_tls(self) -> bool:
         """TLS begins with the connection, before the greeting."""
-        return self.scheme == "smtps"
+        return self.scheme in IMPLICIT_TLS
 
     @property
     def address(self) -> str:
-        """host:port or the socket's path, without the scheme."""
-        return self.path or _joined(self.host, self.port)
+        """host:port, host:first-last or the socket's path, without the scheme."""
+        last = f"-{self.last_port}" if self.last_port else ""
+        return self.path or _joined(self.host, self.port) + last
 
     @property
     def fixed(self) -> bool:
         """The address is known before it is bound; port 0 is a free one that the system picks."""
         return bool(self.path or self.port)
 
+    def urls(self) -> list[ListenUrl]:
+        """One for each port of a range; of any other address just this one."""
+        if not self.last_port:
+            return [self]
+        return [replace(self, port=port, last_port=0) for port in range(self.port, self.last_port + 1)]
+
     def __str__(self) -> str:
-        return f"{self.scheme}+unix:{self.path}" if self.path else f"{self.scheme}://{_joined(self.host, self.port)}"
+        return f"{self.scheme}+unix:{self.path}" if self.path else f"{self.scheme}://{self.address}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -91,7 +111,7 @@ class ListenUrl:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        where = "Where to listen: smtp://127.0.0.1:25, smtps://[::1]:465, lmtp://127.0.0.1:24, smtp+unix:/path."
+        where = "Where to listen: smtp://127.0.0.1:25, imaps://[::1]:993, pop3://*:110, lmtp+unix:/path, imap://*:2000-2003."
         return json_schema(_PATTERN, where, kind="URL")
 
 
@@ -109,13 +129,13 @@ class ServerUrl:
 
     @property
     def protocol(self) -> str:
-        """smtp or lmtp: what is spoken there, whatever it is wrapped in."""
-        return "lmtp" if self.scheme == "lmtp" else "smtp"
+        """smtp, lmtp, imap or pop3: what is spoken there, whatever it is wrapped in."""
+        return _protocol(self.scheme)
 
     @property
     def implicit_tls(self) -> bool:
         """TLS begins with the connection, before the greeting."""
-        return self.scheme == "smtps"
+        return self.scheme in IMPLICIT_TLS
 
     @property
     def embedded(self) -> bool:
@@ -142,7 +162,7 @@ class ServerUrl:
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return json_schema(
             rf"{_PATTERN}|embedded://\S+|[\w.-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?",
-            "A server: smtp://mail.example.org:25, host:port, lmtp://host:24, lmtp+unix:/path, embedded://folder.",
+            "A server: smtp://mail.example.org:25, host:port, imap://host, lmtp+unix:/path, embedded://folder.",
         )
 
 
@@ -170,10 +190,12 @@ def _parse_address(value: object, form: _Form) -> tuple[str, str, int, str]:
     if unix is not None:
         scheme = _check_scheme(unix[1] or "smtp", value, form)
         return scheme, "", 0, _unix_path(scheme, unix[2], value, form)
+    _check_spelling(value, form)
     scheme, separator, rest = value.partition("://")
     if not separator:
         if not form.server:
-            raise form.refuse(value, "has no scheme", f"write smtp://{value}")
+            scheme = _BY_PORT.get(value.rpartition(":")[2], "smtp")
+            raise form.refuse(value, "has no scheme", f"write {scheme}://{value}")
         scheme, rest = "smtp", value
     elif form.server and scheme == "embedded":
         if not rest:
@@ -188,12 +210,24 @@ def _parse_address(value: object, form: _Form) -> tuple[str, str, int, str]:
     return scheme, host, port, ""
 
 
+def _check_spelling(value: str, form: _Form) -> None:
+    """Other programs' ways to write an address: lmtp:unix:/path, lmtp:inet:host:24, smtp://unix:/path."""
+    if "@" in value and not value.startswith("embedded://"):  # perhaps with a password: not quoted
+        raise NotA(form.kind, form.example, f"{form.kind} holds no user", "write host and port only")
+    for like, join in ((_LIKE_UNIX, "+unix:"), (_LIKE_INET, "://")):
+        match = like.fullmatch(value)
+        if match is not None and match[1] in SCHEMES:
+            raise form.refuse(value, f"is not how {form.kind} is written", f"write {match[1]}{join}{match[2]}")
+
+
 def _check_scheme(scheme: str, value: str, form: _Form) -> str:
     if scheme in SCHEMES:
         return scheme
-    named = "smtp, smtps, lmtp or embedded" if form.server else "smtp, smtps or lmtp"
+    named = ", ".join(SCHEMES) + " or embedded" if form.server else " or ".join((", ".join(SCHEMES[:-1]), SCHEMES[-1]))
     if scheme in LATER_SCHEMES:
         raise NotA(form.kind, form.example, f"scheme {scheme!r} is not available in this version", f"write {named}")
+    if scheme == "lmtps":
+        raise NotA(form.kind, form.example, "LMTP has no TLS from the start", "write lmtp")
     raise NotA(form.kind, form.example, f"{shown(value)} has the unknown scheme {scheme!r}", f"write {named}")
 
 
@@ -207,8 +241,6 @@ def _unix_path(scheme: str, path: str, value: str, form: _Form) -> str:
 
 
 def _host_port(rest: str, value: str, form: _Form) -> tuple[str, int | None]:
-    if "@" in rest:  # perhaps with a password: not quoted
-        raise NotA(form.kind, form.example, f"{form.kind} holds no user", "write host and port only")
     match = _HOST_PORT.fullmatch(rest.removesuffix("/"))
     if match is None:
         if rest.count(":") > 1 and "[" not in rest:
@@ -236,18 +268,33 @@ def _host_port(rest: str, value: str, form: _Form) -> tuple[str, int | None]:
     return six if six is not None else name, None if digits is None else int(digits)
 
 
+def _without_range(value: object) -> tuple[object, int]:
+    """`scheme://host:first-last` as scheme://host:first, and the last port; 0 where there is no range."""
+    match = _RANGE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or "unix:" in match[1] or "@" in match[1]:
+        return value, 0
+    first, last = int(match[2]), int(match[3])
+    if not 1 <= first <= last <= 65535:
+        raise _LISTEN.refuse(value, "is not a range of ports", "write the first and the last: smtp://127.0.0.1:2000-2003")
+    return match[1] + match[2], last
+
+
 def parse_listen_url(value: object) -> ListenUrl:
-    """smtp://host:port, smtps://[v6]:port, lmtp+unix:/path; `*` or no host is every address. Raises NotA."""
+    """smtp://host:port, imaps://[v6]:port, pop3://host:first-last, lmtp+unix:/path. Raises NotA.
+
+    `*` or no host is every address.
+    """
     if isinstance(value, ListenUrl):
         return value
-    url = ListenUrl(*_parse_address(value, _LISTEN))
-    if url.scheme == "lmtp" and url.port == 25:
+    one, last = _without_range(value)
+    url = replace(ListenUrl(*_parse_address(one, _LISTEN)), last_port=last)
+    if url.scheme == "lmtp" and url.port <= 25 <= max(url.port, last):
         raise _LISTEN.refuse(value, "is SMTP's port, where LMTP must not be spoken (RFC 2033 5)", "write port 24")
     return url
 
 
 def parse_server_url(value: object) -> ServerUrl:
-    """smtp://host, smtps://host:port, host:port, lmtp://host, smtp+unix:/path, embedded://folder. Raises NotA."""
+    """smtp://host, imaps://host:port, host:port, lmtp://host, pop3+unix:/path, embedded://folder. Raises NotA."""
     return value if isinstance(value, ServerUrl) else ServerUrl(*_parse_address(value, _SERVER))
 
 

@@ -156,9 +156,10 @@ def _clashes(pipelines: Iterable[tuple[Pipeline, Document]]) -> Iterator[Problem
         own: dict[str, Place] = {}
         for index, listener in enumerate(pipeline.listen):
             loc: Loc = ("listen", index, "url")
-            at, address = document.place(loc), listener.url.address
-            if listener.url.fixed and address in addresses:
-                text = f"{address} is listened on already ({addresses[address]})"
-                yield Problem(at, written_loc(document.walk(loc)), text, "choose another port")
-            own[address] = at
+            at = document.place(loc)
+            for address in [one.address for one in listener.url.urls() if one.fixed]:
+                if address in addresses:
+                    text = f"{address} is listened on already ({addresses[address]})"
+                    yield Problem(at, written_loc(document.walk(loc)), text, "choose another port")
+                own[address] = at
         addresses = {**own, **addresses}

@@ -15,23 +15,28 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     TypeAdapter,
-    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from gateway.config.addresses import Hostname, ListenUrl, Resolver, ServerUrl
-from gateway.config.problems import Loc
+from gateway.config.addresses import Hostname, Resolver, ServerUrl
+from gateway.config.base import Findings as _Findings
+from gateway.config.base import Model as _Model
+from gateway.config.base import as_url as _as_url
+from gateway.config.listen import Listener
+from gateway.config.log_settings import Log
+from gateway.config.problems import Loc, did_you_mean
+from gateway.config.resolver import ResolverSettings
+from gateway.config.tls_settings import Tls
 from gateway.limits import Limits
+from gateway.replies import Family
+from gateway.replies import names as reply_names
 from gateway.values import (
     DEFAULT,
     KIND,
@@ -46,79 +51,7 @@ from gateway.values import (
     parse_percent,
     shown,
 )
-
-
-class _Model(BaseModel):
-    """Unknown keys are errors, values do not change after the load."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=False)
-
-
-class _Findings:
-    """What a model finds at its settings after all of them were read; raised together."""
-
-    def __init__(self) -> None:
-        self._details: list[InitErrorDetails] = []
-
-    def add(self, loc: Loc, value: object, text: str, suggestion: str) -> None:
-        error = PydanticCustomError("pipeline", "{text}; {suggestion}", {"text": text, "suggestion": suggestion})
-        self._details.append(InitErrorDetails(type=error, loc=loc, input=value))
-
-    def report(self, model: BaseModel) -> None:
-        """Raises ValidationError if there is anything."""
-        if self._details:
-            raise ValidationError.from_exception_data(type(model).__name__, self._details)
-
-
-# Listeners and TLS
-
-
-class Certificate(_Model):
-    """A certificate chain and its private key, both PEM."""
-
-    chain: ExistingFile = Field(description="Certificate and intermediates, leaf first.")
-    key: ExistingFile = Field(description="Private key.")
-
-
-def _tls_version(value: object) -> object:
-    return f"TLSv{value}" if str(value) in ("1.2", "1.3") else value
-
-
-class Tls(_Model):
-    """TLS towards clients."""
-
-    certificates: tuple[Certificate, ...] = Field((), description="Chosen by SNI; the first is the default.")
-    client_ca: ExistingFile | None = Field(None, description="CAs that client certificates are verified with.")
-    verify_client: Literal["off", "optional", "required"] = Field(
-        "off", description="Ask clients for a certificate; required: none, or a wrong one, is 421 4.7.0."
-    )
-    minimum_version: Annotated[Literal["TLSv1.2", "TLSv1.3"], BeforeValidator(_tls_version)] = Field(
-        "TLSv1.2", description="Older ones are not spoken."
-    )
-    ciphers: str | None = Field(None, min_length=1, description="OpenSSL cipher list for TLS 1.2.")
-
-    @model_validator(mode="after")
-    def _has_ca(self) -> Self:
-        if self.verify_client != "off" and self.client_ca is None:
-            findings = _Findings()
-            findings.add(("verify_client",), None, "no CA to verify client certificates with", "add `client_ca: file`")
-            findings.report(self)
-        return self
-
-
-def _as_url(value: object) -> object:
-    """`- smtp://...` is short for `- {url: smtp://...}`."""
-    return value if isinstance(value, (dict, BaseModel)) else {"url": value}
-
-
-class Listener(_Model):
-    """An address to listen on. Its `tls` replaces the pipeline's."""
-
-    url: ListenUrl = Field(description="smtp://host:port, smtps:// for implicit TLS, lmtp://, smtp+unix:/path.")
-    name: str | None = Field(None, min_length=1, description="For logs and `listener.name`; the URL by default.")
-    proxy_protocol: Literal["required", "off"] = Field("off", description="PROXY header before anything else.")
-    capabilities: tuple[str, ...] | None = Field(None, description="Announce exactly these, not what is computed.")
-    tls: Tls | None = Field(None, description="Replaces the pipeline's.")
+from gateway.verdicts import Cause
 
 
 class Trust(_Model):
@@ -175,15 +108,14 @@ def _reuse(value: object) -> object:
     return {} if value in (True, "on") else value
 
 
-class Pool(_Model):
-    """A named group of upstream servers."""
+def _health(value: object) -> object:
+    """`health: off` asks nothing of the servers but what sessions need."""
+    return None if value in (False, "off") else value
 
-    servers: tuple[Annotated[Server, BeforeValidator(_as_url)], ...] = Field(
-        min_length=1, description="The servers: URLs, or `{url, weight}`."
-    )
-    balance: Annotated[Balance, BeforeValidator(_balance)] = Field(
-        "round_robin", description="Which server is next; hash_*: the same one for the same client, user or domain."
-    )
+
+class ServerSettings(_Model):
+    """How servers are spoken to, those of a pool or those that a stage names."""
+
     max_connections: int = Field(80, ge=1, description="Per server, over all workers.")
     queue: int = Field(100, ge=0, description="Sessions that wait for a connection; more are 451 4.4.5.")
     queue_timeout: Duration = Field(10.0, description="How long they wait.")
@@ -205,16 +137,15 @@ class Pool(_Model):
     greeting_timeout: Duration = Field(30.0, gt=0, description="Wait for each of TLS, greeting and EHLO.")
     command_timeout: Duration = Field(300.0, gt=0, description="Wait for a reply (RFC 5321 4.5.3.2).")
     data_done_timeout: Duration = Field(600.0, gt=0, description="Wait for the reply to the end of data.")
-    health: Health = Field(Health(), description="Active checks.")
-
-    @field_validator("servers")
-    @classmethod
-    def _one_protocol(cls, servers: tuple[Server, ...]) -> tuple[Server, ...]:
-        """What a client may do in a transaction must not depend on which server is next."""
-        if len({server.url.protocol for server in servers}) > 1:
-            kind = "a pool of one protocol"
-            raise NotA(kind, "one pool for each", "some servers speak LMTP, some SMTP", "write a pool for each")
-        return servers
+    health: Annotated[Health | None, BeforeValidator(_health)] = Field(
+        Health(), description="Active checks; off: none, nor is anything asked before a session comes."
+    )
+    hello: Literal["ehlo", "as_client"] = Field(
+        "ehlo", description="EHLO, or HELO for clients that said no EHLO (and then without any extension)."
+    )
+    allow_plaintext_login: bool = Field(
+        False, description="Log in there in clear text over the network, too; unix sockets and loopback always may."
+    )
 
     @field_validator("source")
     @classmethod
@@ -227,7 +158,27 @@ class Pool(_Model):
             raise NotA("an address", "192.0.2.1", f"{shown(value)} is not an address") from None
 
 
-# Tables, logs
+class Pool(ServerSettings):
+    """A named group of upstream servers."""
+
+    servers: tuple[Annotated[Server, BeforeValidator(_as_url)], ...] = Field(
+        min_length=1, description="The servers: URLs, or `{url, weight}`."
+    )
+    balance: Annotated[Balance, BeforeValidator(_balance)] = Field(
+        "round_robin", description="Which server is next; hash_*: the same one for the same client, user or domain."
+    )
+
+    @field_validator("servers")
+    @classmethod
+    def _one_protocol(cls, servers: tuple[Server, ...]) -> tuple[Server, ...]:
+        """What a client may do in a transaction must not depend on which server is next."""
+        if len({server.url.protocol for server in servers}) > 1:
+            kind = "a pool of one protocol"
+            raise NotA(kind, "one pool for each", "its servers speak several protocols", "write a pool for each")
+        return servers
+
+
+# Tables
 
 
 class Table(_Model):
@@ -243,15 +194,6 @@ def _table(value: object) -> object:
     if isinstance(value, list):
         return {"entries": value}
     raise NotA("a table", "[one, two] or {file: path}", f"{shown(value)} is not a table")
-
-
-class Log(_Model):
-    """Where and how the gateway logs."""
-
-    format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people.")
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Records below it are left out.")
-    file: PathValue | None = Field(None, description="Standard error by default.")
-    debug_clients: CidrList = Field((), description="Clients whose conversation is logged, secrets removed.")
 
 
 # Stages
@@ -390,6 +332,42 @@ def _spool(value: object) -> object:
     return {"when": value} if isinstance(value, str) else value
 
 
+def _cause_name(value: str) -> str:
+    if value.upper() not in Cause.__members__:
+        kind = "a cause"
+        raise NotA(kind, "the name of a cause such as upstream_down", f"{shown(value)} is not {kind}")
+    return value
+
+
+class WrittenReplies(_Model):
+    """Texts of our own replies by name: causes in lower case, and the fixed replies of each protocol."""
+
+    smtp: dict[str, str] = Field({}, description="`name: 451 4.3.2 text`.")
+    imap: dict[str, str] = Field({}, description="`name: NO text`, which gets the tag, or `name: '* BYE text'`.")
+    pop3: dict[str, str] = Field({}, description="`name: -ERR text`.")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        findings = _Findings()
+        for family, pattern in _REPLY_FORMS.items():
+            for name, text in getattr(self, family).items():
+                if name not in reply_names(family):
+                    advice = did_you_mean(name, reply_names(family)) or "`docs/reference/replies.md` lists them"
+                    findings.add((family, name), name, f"{name!r} is no reply of {family.upper()}", advice)
+                elif not pattern.fullmatch(text):
+                    findings.add((family, name), text, f"{shown(text)} is no {family.upper()} reply", _EXAMPLES[family])
+        findings.report(self)
+        return self
+
+
+_REPLY_FORMS: dict[Family, re.Pattern[str]] = {
+    "smtp": re.compile(r"[2-5]\d\d(?: [^\x00-\x1f\x7f]*)?"),
+    "imap": re.compile(r"(?:\* |\+ ?)?[^\x00-\x1f\x7f]+"),
+    "pop3": re.compile(r"(?:\+OK|-ERR)(?: [^\x00-\x1f\x7f]*)?"),
+}
+_EXAMPLES = {"smtp": "write 451 4.3.2 text", "imap": "write NO text or '* BYE text'", "pop3": "write -ERR text"}
+
+
 def _line_endings(value: object) -> object:
     return "normalize" if value == "normalise" else value
 
@@ -437,7 +415,26 @@ class Pipeline(_Model):
     log: Log = Field(Log(), description="Where and how it logs; by default as `process.log` says.")
     soft_bounce: bool = Field(False, description="Every refusal is temporary: for going live.")
     reply_id: bool = Field(True, description="Refusals show the session's id.")
+    replies: WrittenReplies = Field(
+        WrittenReplies(), description="Other texts for our own replies, by protocol and name (see replies)."
+    )
+    disconnect_on: tuple[Annotated[str, AfterValidator(_cause_name)], ...] = Field(
+        (), description="Causes (see replies), in lower case, after which the session ends once the client was told."
+    )
+    helo_required: bool = Field(True, description="MAIL and AUTH want HELO or EHLO first (smtpd_helo_required).")
+    bare_lf: Literal["refuse", "accept"] = Field(
+        "refuse", description="A command that a bare LF ends: 500 5.5.2 and closed, or taken, until the hand-off."
+    )
+    unauthorized_pipelining: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="SMTP commands behind one that must end its group, such as EHLO, AUTH or DATA (RFC 2920 3.1): 554 "
+        "5.5.0 and closed, or served. Behind STARTTLS never.",
+    )
+    dynamic_servers: ServerSettings = Field(
+        ServerSettings(), description="How servers are spoken to that stages name and no pool lists (Auth-Server)."
+    )
     resolvers: tuple[Resolver, ...] = Field((), description="Name servers; those of the system by default.")
+    resolver: ResolverSettings = Field(ResolverSettings(), description="How name servers are asked.")
 
     @field_validator("stages")
     @classmethod
@@ -450,15 +447,17 @@ class Pipeline(_Model):
         seen: set[str] = set()
         for index, listener in enumerate(self.listen):
             url, loc = listener.url, ("listen", index, "url")
-            if url.implicit_tls and not (listener.tls or self.tls).certificates:
+            if url.implicit_tls and not listener.tls_possible(self.tls):
                 advice = "add `tls: {certificates: [{chain: file, key: file}]}`"
-                findings.add(loc, None, "an smtps listener needs a certificate", advice)
+                article = "a" if url.scheme == "pop3s" else "an"
+                findings.add(loc, None, f"{article} {url.scheme} listener needs a certificate", advice)
             if listener.proxy_protocol == "required" and not self.trust.proxy and not url.path:
                 where = ("listen", index, "proxy_protocol")
                 findings.add(where, None, "no network may send PROXY headers", "add `trust: {proxy: [network]}`")
-            if url.fixed and url.address in seen:
-                findings.add(loc, None, f"{url.address} is listened on twice", "remove one")
-            seen.add(url.address)
+            addresses = {one.address for one in url.urls() if one.fixed}
+            for address in sorted(addresses & seen):
+                findings.add(loc, None, f"{address} is listened on twice", "remove one")
+            seen |= addresses
         findings.report(self)
         return self
 

@@ -8,11 +8,12 @@ is cancelled leaves no socket behind, and whoever else waits for the same answer
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from gateway.dns.transport import GarbageError, Question, Server, canonical, servers_of, system_servers
@@ -32,6 +33,12 @@ NEGATIVE_TTL: Final = 30.0
 
 FAILURE_TTL: Final = 1.0
 """Seconds for which a failure is not asked again (RFC 9520 section 3.2)."""
+
+RESEND_SECONDS: Final = 5.0
+"""Seconds of one try at most."""
+
+REST_SECONDS: Final = 30.0
+"""Seconds for which a name server that did not answer is asked after the others."""
 
 MAX_ALIASES: Final = 8
 """CNAMEs that are followed by questions of their own; those inside one answer cost nothing."""
@@ -96,8 +103,12 @@ class ReverseName:
 class Resolver:
     """Asks `servers` (address and port each; None: those of /etc/resolv.conf, read now).
 
-    `timeout` is for one question with all its tries in seconds, `attempts` the tries for each server. A server that
-    answered last is asked first. Raises ValueError for what is not the address of a server.
+    `timeout` is for one question with all its tries in seconds, `attempts` the tries for each server; they are more
+    where the time is long, so that none waits longer than `RESEND_SECONDS` before the next. Questions go
+    to the servers in turn, and to the next one where one does not answer; one that did not is passed over for
+    `REST_SECONDS` while another does. `valid`: seconds for which an answer is believed, instead of its own TTL.
+    `ipv4`, `ipv6`: whether `addresses` and `forward_confirmed` look for addresses of that family. Raises ValueError
+    for what is not the address of a server.
     """
 
     def __init__(
@@ -106,13 +117,19 @@ class Resolver:
         timeout: float = 5.0,
         attempts: int = 2,
         *,
+        valid: float | None = None,
+        ipv4: bool = True,
+        ipv6: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._servers = system_servers() if servers is None else servers_of(servers)
         self._timeout = timeout
-        self._attempts = attempts
+        self._attempts = max(attempts, math.ceil(timeout / (RESEND_SECONDS * len(self._servers))))
         self._clock = clock
-        self._first = 0
+        self._valid = valid
+        self._types = tuple(qtype for qtype, wanted in ((dns.A, ipv4), (dns.AAAA, ipv6)) if wanted)
+        self._turn = 0
+        self._resting = [float("-inf")] * len(self._servers)
         self._cache: ExpiringDict[tuple[str, int], Result | _Alias] = ExpiringDict(CACHE_ENTRIES)
         self._flights: dict[tuple[str, int], list[asyncio.Future[Result | _Alias | None]]] = {}
         self._slots = asyncio.Semaphore(MAX_QUESTIONS)
@@ -153,20 +170,20 @@ class Resolver:
         return await self.query(dns.reverse_name(address), dns.PTR)
 
     async def addresses(self, name: str) -> Result:
-        """The A and AAAA records of `name`; Failed only if nothing was found."""
-        four, six = await asyncio.gather(self.query(name, dns.A), self.query(name, dns.AAAA))
-        if isinstance(four, Found) and isinstance(six, Found):
-            return Found(four.records + six.records, min(four.ttl, six.ttl))
-        for result in (four, six):
-            if isinstance(result, Found):
-                return result
-        return four if isinstance(four, Failed) else six
+        """The A and AAAA records of `name`, of the families that are wanted; Failed only if nothing was found."""
+        results = await asyncio.gather(*(self.query(name, qtype) for qtype in self._types))
+        found = [result for result in results if isinstance(result, Found)]
+        if found:
+            records = tuple(record for result in found for record in result.records)
+            return Found(records, min(result.ttl for result in found))
+        return next((result for result in results if isinstance(result, Failed)), results[-1])
 
     async def forward_confirmed(self, address: str) -> ReverseName:
         """The name of a client: PTR of its address, believed if the name has that address.
 
-        An address that is none, such as a local socket's, gives `tempunavail` without a question. Takes several
-        questions' time at worst; the caller sets a limit.
+        An address that is none, such as a local socket's, gives `tempunavail` without a question. Where addresses
+        of its family are not looked for, no name points back. Takes several questions' time at worst; the caller
+        sets a limit.
         """
         try:
             packed = _packed(address)
@@ -179,8 +196,9 @@ class Resolver:
         names = [str(record.data).removesuffix(".") for record in pointers.records[:MAX_NAMES]]
         names = [name for name in names if _HOST_NAME.fullmatch(name)]
         failed = not names
-        for name in names:
-            result = await self.query(name, dns.A if len(packed) == 4 else dns.AAAA)
+        qtype = dns.A if len(packed) == 4 else dns.AAAA
+        for name in names if qtype in self._types else ():
+            result = await self.query(name, qtype)
             if isinstance(result, Found) and any(_packed(str(record.data)) == packed for record in result.records):
                 return ReverseName(name, names[0], "ok")
             failed = failed or isinstance(result, Failed)
@@ -220,21 +238,35 @@ class Resolver:
         """Try the servers in turn; the result and the seconds to keep it."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
-        count = len(self._servers)
-        tries = [(self._first + i) % count for i in range(count)] * self._attempts
+        tries = self._order() * self._attempts
         failures: set[Reason] = set()
         while tries and not self._closed and (left := deadline - loop.time()) > 0:
             index = tries.pop(0)
             answer = await self._try(self._servers[index], name, qtype, left / (len(tries) + 1))
             if not isinstance(answer, Failed):
-                self._first = index
-                return answer, answer.ttl
+                self._resting[index] = float("-inf")
+                return self._believed(answer)
             failures.add(answer.reason)
+            if answer.reason not in ("servfail", "refused"):  # that is said of the name, not of the server
+                self._resting[index] = self._clock() + REST_SECONDS
             if answer.reason not in ("timeout", "garbage"):
                 tries = [other for other in tries if other != index]  # it said no: asking again brings nothing
         if self._closed:
             return Failed("network"), 0.0
         return Failed(next((reason for reason in _WORST_FIRST if reason in failures), "timeout")), FAILURE_TTL
+
+    def _order(self) -> list[int]:
+        """The servers as they are asked: round robin, those that failed lately last."""
+        now, count = self._clock(), len(self._servers)
+        order = [(self._turn + i) % count for i in range(count)]
+        self._turn = (self._turn + 1) % count
+        return sorted(order, key=lambda index: self._resting[index] > now)
+
+    def _believed(self, answer: Found | NotFound | _Alias) -> tuple[Result | _Alias, float]:
+        """An answer with the TTL that counts, and that TTL."""
+        if self._valid is not None:
+            answer = replace(answer, ttl=self._valid)
+        return answer, answer.ttl
 
     async def _try(self, server: Server, name: str, qtype: int, limit: float) -> Result | _Alias:
         """One try at one server, within `limit` seconds."""

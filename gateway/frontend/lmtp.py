@@ -32,7 +32,7 @@ def speaks_lmtp(pool: object) -> bool:
 
 def one_recipient_only(conversation: SmtpConversation) -> bool:
     """Whether an SMTP client may come to a pool that leaves it one recipient a transaction."""
-    return not conversation.lmtp and any(speaks_lmtp(pool) for pool in conversation.served.candidates())
+    return not conversation.lmtp and any(speaks_lmtp(pool) for pool in conversation.served.candidates("smtp"))
 
 
 def one_recipient(conversation: SmtpConversation) -> bool:

@@ -106,15 +106,5 @@ class MessageView(Timed):
         block = self._reader.read_now(BLOCK)
         if block is not None:
             return block
-        clock, loop = self.clock, asyncio.get_running_loop()
-        when = clock.when() if clock is not None else None
-        begun = loop.time()
-        if clock is not None:
-            clock.reschedule(None)
-        try:
+        with self.client_s_turn(asyncio.get_running_loop().time):
             return await self._reader.read(BLOCK)
-        finally:
-            waited = loop.time() - begun
-            self.waited += waited
-            if clock is not None and when is not None and not clock.expired():
-                clock.reschedule(when + waited)

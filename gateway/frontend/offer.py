@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import structlog
@@ -9,10 +10,11 @@ import structlog
 from gateway.frontend import smtp_xclient
 from gateway.frontend.lmtp import one_recipient_only
 from gateway.frontend.served import HandOff
+from gateway.protocol import sasl
 
 if TYPE_CHECKING:
+    from gateway.frontend.conversation import Conversation
     from gateway.frontend.smtp import SmtpConversation
-    from gateway.session import Session
     from gateway.stage import Stage
 
 log = structlog.get_logger("gateway.smtp")
@@ -27,7 +29,7 @@ def ehlo_offer(conversation: SmtpConversation) -> dict[str, str]:
     served, session = conversation.served, conversation.session
     profile = upstream_profile(conversation)
     if session.listener.capabilities is not None:
-        return _narrowed(conversation, dict(session.listener.capabilities))
+        return narrowed(conversation, written_offer(conversation, session.listener.capabilities))
     offer: dict[str, str] = {}
     read = conversation.hand_off is HandOff.NEVER  # after a hand-off only the upstream's own words count
     if read or conversation.lmtp or "PIPELINING" in profile:
@@ -48,24 +50,28 @@ def ehlo_offer(conversation: SmtpConversation) -> dict[str, str]:
         offer["STARTTLS"] = ""
     if smtp_xclient.may_xclient(conversation):
         offer["XCLIENT"] = XCLIENT
-    return _narrowed(conversation, offer)
+    return narrowed(conversation, offer)
 
 
-def offered_mechanisms(conversation: SmtpConversation) -> list[str]:
-    """The mechanisms that the stages can verify here; none in clear text unless the pipeline says so."""
+def offered_mechanisms(conversation: Conversation) -> list[str]:
+    """The mechanisms to be had here. In clear text, unless the pipeline says so, only what an upstream takes there."""
     served, session = conversation.served, conversation.session
+    declared = declared_mechanisms(conversation)
     if session.tls is None and not served.allow_plaintext_auth:
-        return []
-    return _declared(conversation, session)
+        return [name for name, stage in declared.items() if stage.relays_logins and name not in sasl.PLAINTEXT]
+    return list(declared)
 
 
-def tls_would_help(conversation: SmtpConversation) -> bool:
+def tls_would_help(conversation: Conversation) -> bool:
     """AUTH is not offered now but would be under TLS."""
-    return conversation.session.tls is None and bool(_declared(conversation, conversation.session))
+    return conversation.session.tls is None and bool(declared_mechanisms(conversation))
 
 
-def _declared(conversation: SmtpConversation, session: Session) -> list[str]:
-    found: dict[str, None] = {}
+def declared_mechanisms(conversation: Conversation) -> dict[str, Stage]:
+    """The mechanisms of all auth stages, each with the first stage that has it."""
+    session = conversation.session
+    session.upstream_offer = upstream_profile(conversation)
+    found: dict[str, Stage] = {}
     for stage, hook in conversation.chain.mechanisms:
         try:
             names = hook(session)
@@ -74,19 +80,37 @@ def _declared(conversation: SmtpConversation, session: Session) -> list[str]:
         except Exception as error:
             _failed(conversation, stage, "mechanisms", error)
             continue
-        found.update(dict.fromkeys(names))
-    return list(found)
+        for name in names:
+            found.setdefault(name, stage)
+    return found
 
 
-def upstream_profile(conversation: SmtpConversation) -> dict[str, str]:
+def written_offer(conversation: Conversation, written: Mapping[str, str]) -> dict[str, str]:
+    """Capabilities written by hand, without those that are not true at this moment: TLS is up, logins need it first."""
+    served, session = conversation.served, conversation.session
+    tls_offered = session.listener.tls is not None and session.tls is None
+    may_log_in = session.tls is not None or served.allow_plaintext_auth
+
+    def holds(keyword: str) -> bool:
+        word = keyword.partition("=")[0].upper()
+        if word in ("STARTTLS", "STLS"):
+            return tls_offered
+        if word == "LOGINDISABLED":
+            return not may_log_in
+        return word not in ("AUTH", "SASL", "USER") or may_log_in
+
+    return {keyword: value for keyword, value in written.items() if holds(keyword)}
+
+
+def upstream_profile(conversation: Conversation) -> dict[str, str]:
     """The keywords of the connected server, or those that all pools in question share."""
     if conversation.connection is not None:
         return conversation.connection.extensions
     shared: dict[str, str] | None = None
-    for pool in conversation.served.candidates():
-        profile = pool.profile() or {}
+    for pool in conversation.served.candidates(conversation.session.protocol):
+        profile = pool.profile() or {}  # a copy
         if shared is None:
-            shared = dict(profile)
+            shared = profile
             continue
         both = {}
         for keyword, value in shared.items():
@@ -99,7 +123,7 @@ def upstream_profile(conversation: SmtpConversation) -> dict[str, str]:
     return shared or {}
 
 
-def _narrowed(conversation: SmtpConversation, offer: dict[str, str]) -> dict[str, str]:
+def narrowed(conversation: Conversation, offer: dict[str, str]) -> dict[str, str]:
     """`capabilities` of the stages: they may remove and narrow, what they add is ignored."""
     for stage, hook in conversation.chain.capabilities:
         before = set(offer)
@@ -112,7 +136,7 @@ def _narrowed(conversation: SmtpConversation, offer: dict[str, str]) -> dict[str
     return offer
 
 
-def _failed(conversation: SmtpConversation, stage: Stage, phase: str, error: Exception) -> None:
+def _failed(conversation: Conversation, stage: Stage, phase: str, error: Exception) -> None:
     """What a stage cannot say is not offered, nor taken away."""
     text = f"{type(error).__name__}: {error}"
     log.warning(

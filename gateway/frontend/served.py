@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 
 from gateway.limits import Limits
 from gateway.relay.spool import SpoolSpace
+from gateway.replies import FAMILIES, Family, Replies
 from gateway.upstream.pool import Pool, Pools
+from gateway.upstream.prelude import ErrorMessages
+from gateway.verdicts import Cause
 
 if TYPE_CHECKING:
     from gateway.pipeline.chain import Chain
+
+FAMILY = {"smtp": ("smtp", "lmtp"), "lmtp": ("smtp", "lmtp"), "imap": ("imap",), "pop3": ("pop3",)}
+"""What a pool's servers may speak for clients of each protocol."""
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -52,6 +58,10 @@ class Served:
     """One pipeline in this worker.
 
     `pool` is where nothing routed. `line_endings`: by_trust, reject or normalize (see `smtp_data`).
+    `replies` are the texts of our own replies, `disconnect_on` what ends a session once it is said; `bare_lf` lets
+    commands end in a bare LF, `unauthorized_pipelining` lets them come behind one that must end its group.
+    `pass_error_message`: when clients read the
+    upstream's own words. `hand_off_at_login`: who logged in is handed off, though others are read further.
     `always_hand_off` hands off even to an upstream that offers XCLIENT and the like (`handoff: always`).
     """
 
@@ -76,6 +86,13 @@ class Served:
     spool: SpoolSpace = field(default_factory=SpoolSpace)
     always_spool: bool = False
     soft_bounce: bool = False
+    replies: dict[Family, Replies] = field(default_factory=lambda: {name: Replies(name) for name in FAMILIES})
+    disconnect_on: frozenset[Cause] = frozenset()
+    bare_lf: bool = False
+    unauthorized_pipelining: bool = False
+    helo_required: bool = True
+    pass_error_message: ErrorMessages = "auto"
+    hand_off_at_login: bool = False
     reply_id: bool = True
     always_hand_off: bool = False
     max_received: int = 0
@@ -83,6 +100,13 @@ class Served:
     draining: bool = False
     sessions: int = 0
 
-    def candidates(self) -> list[Pool]:
-        """Pools that a session may be routed to while nothing is decided."""
-        return list(self.pools.values())
+    def candidates(self, protocol: str) -> list[Pool]:
+        """Pools that a session of this protocol may be routed to while nothing is decided."""
+        return [pool for pool in self.pools.values() if pool.servers[0].protocol in FAMILY[protocol]]
+
+    def default_pool(self, protocol: str) -> Pool | None:
+        """Where nothing routed: the pool of `splice` if it speaks the protocol, else the only one that does."""
+        if self.pool is not None and self.pool.servers[0].protocol in FAMILY[protocol]:
+            return self.pool
+        candidates = self.candidates(protocol)
+        return candidates[0] if len(candidates) == 1 else None

@@ -81,16 +81,16 @@ async def _begin_content(conversation: SmtpConversation) -> Reply | None:
     session, chain, mail = conversation.session, conversation.chain, conversation.mail
     transaction = session.transaction
     if transaction is None:
-        conversation.error("503 5.5.1 need MAIL and RCPT first")
+        conversation.error("503 5.5.1 need MAIL and RCPT first", "no_recipients")
         return None
     if not transaction.recipients:
         if conversation.lmtp:
-            conversation.error("503 5.5.1 no valid recipients")  # RFC 2033 4.2
+            conversation.error("503 5.5.1 no valid recipients", "no_recipients")  # RFC 2033 4.2
         elif mail.lost is not None:
             conversation.refuse(mail.lost, "data")
             conversation.count_error()
         else:
-            conversation.error("554 5.5.1 no valid recipients")
+            conversation.error("554 5.5.1 no valid recipients", "no_recipients")
         return None
     if chain.data:
         reply = await conversation.asked(await chain.ask(chain.data, session, transaction, transaction), "data")
@@ -217,7 +217,7 @@ async def bdat(conversation: SmtpConversation, command: Command) -> bool:
         if "CHUNKING" in conversation.offer:
             reply = await _begin_content(conversation)
         else:
-            conversation.error("503 5.5.1 CHUNKING not offered")
+            conversation.error("503 5.5.1 CHUNKING not offered", "not_available")
         if reply is None:
             said = b"".join(conversation.out)
             conversation.out.clear()

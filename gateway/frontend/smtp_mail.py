@@ -12,7 +12,7 @@ from gateway.facts import Phase
 from gateway.frontend import lmtp
 from gateway.frontend.served import HandOff
 from gateway.frontend.smtp_upstream import (
-    SENDER_OK,
+    carried,
     drop,
     hand_off_now,
     in_place,
@@ -21,7 +21,6 @@ from gateway.frontend.smtp_upstream import (
     route_and_mail,
 )
 from gateway.protocol.smtp import PARAMETER_EXTENSION, Command, Reply, format_rcpt, parse_mail, parse_rcpt
-from gateway.relay.envelope import adapted
 from gateway.session import Recipient, Transaction
 from gateway.stage import Outcome
 from gateway.upstream.smtp import UpstreamError
@@ -64,7 +63,7 @@ class Mail:
 async def mail(conversation: SmtpConversation, command: Command) -> bool:
     """MAIL FROM."""
     session, chain = conversation.session, conversation.chain
-    if not session.helo:
+    if not session.helo and conversation.served.helo_required:
         conversation.error(f"503 5.5.1 send {'LHLO' if conversation.lmtp else 'HELO or EHLO'} first")
         return False
     if session.transaction is not None:
@@ -96,8 +95,9 @@ async def mail(conversation: SmtpConversation, command: Command) -> bool:
             return False
     conversation.login_deadline = 0.0
     if chain.route_rcpt or session.postponed is not None:
-        conversation.write(SENDER_OK.encode())
-        conversation.tell_settled(Phase.MAIL, SENDER_OK)
+        sender_ok = Reply.of(conversation.replies.fixed("sender_ok"))
+        conversation.write(sender_ok.encode())
+        conversation.tell_settled(Phase.MAIL, sender_ok)
         return False
     reply = await route_and_mail(conversation, None)
     if isinstance(reply, Refuse):
@@ -117,6 +117,8 @@ def _parameters_refused(
     conversation: SmtpConversation, parameters: tuple[tuple[str, str | None], ...]
 ) -> Refuse | None:
     """A parameter of an extension that was not announced here is 555 5.5.4 (RFC 5321 4.1.1.11)."""
+    if conversation.served.always_hand_off and conversation.hand_off is not HandOff.NEVER:
+        return None  # the upstream reads them itself
     for keyword, value in parameters:
         if keyword == "BODY" and value is not None and value.upper() == "BINARYMIME":
             return Refuse(Cause.NOT_CARRIED, text="BINARYMIME not offered")
@@ -224,7 +226,7 @@ async def _say_rcpt(conversation: SmtpConversation, recipient: Recipient) -> Non
     connection = conversation.connection
     mail = conversation.mail
     if connection is not None and mail.sent is not recipient:
-        parameters = adapted(recipient.parameters, connection.extensions, trusted=conversation.session.trusted)
+        parameters = carried(conversation, connection, recipient.parameters)
         if isinstance(parameters, Refuse):
             _refuse_recipient(conversation, recipient, parameters, "")
             return

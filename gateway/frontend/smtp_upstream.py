@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.frontend.routing import connect, open_early, pool_for, pool_named, usable
 from gateway.frontend.served import HandOff
 from gateway.protocol.smtp import Reply, format_mail, format_rcpt
-from gateway.relay.envelope import adapted
-from gateway.relay.splice import splice
+from gateway.relay.envelope import Parameters, adapted
 from gateway.session import Recipient
 from gateway.upstream.pool import Pool
-from gateway.upstream.prelude import give_back, open_upstream, stage_failed
+from gateway.upstream.prelude import give_back, stage_failed
 from gateway.upstream.smtp import Connection, UpstreamError
 from gateway.verdicts import Cause, Refuse, Upstream
 
@@ -32,68 +32,9 @@ SENDER_OK = Reply.of("250 2.1.0 Ok")
 FORBIDDEN_BEHIND_HAND_OFF = ("XCLIENT", "XFORWARD", "BURL")
 
 
-async def _pool_for(conversation: SmtpConversation, recipient: Recipient | None) -> Pool | Refuse:
-    """Where this mail goes: a stage's word, else the login's, else the pool of `splice`."""
-    session, chain, served = conversation.session, conversation.chain, conversation.served
-    steps = chain.route_early if recipient is None else (*chain.route_early, *chain.route_rcpt)
-    chosen = session.upstream
-    if steps:
-        result = await chain.ask(steps, session, recipient, session.transaction, recipient)
-        if result.refuse is not None:
-            return result.refuse
-        if result.upstream is not None:
-            chosen = result.upstream
-    return (
-        _pool_named(conversation, chosen)
-        if chosen is not None
-        else served.pool or Refuse(Cause.NO_ROUTE, log="no stage routed this mail and splice names no pool")
-    )
-
-
-def _pool_named(conversation: SmtpConversation, chosen: Upstream) -> Pool | Refuse:
-    pools = conversation.served.pools
-    try:
-        if chosen.server:
-            return pools.server(chosen.server)
-        return pools[chosen.pool]
-    except KeyError:
-        return Refuse(Cause.NO_ROUTE, log=f"no pool named {chosen.pool!r}")
-    except ValueError as error:
-        return Refuse(Cause.UPSTREAM_MISCONFIGURED, log=f"{chosen.server}: {error}")
-
-
-async def _connect(conversation: SmtpConversation, pool: Pool, exclude: set[Server] | None = None) -> Refuse | None:
-    """Make sure that the session is connected to this pool; a refusal that the client may read."""
-    connection = conversation.connection
-    if connection is not None:
-        if conversation.upstream_pool is pool and usable(connection):
-            return None
-        conversation.connection = None
-        leave(connection)
-    opened = await open_upstream(
-        conversation.session,
-        pool,
-        conversation.chain,
-        hostname=conversation.served.hostname,
-        instance=conversation.served.instance,
-        exclude=exclude or set(),
-        transcript=conversation.transcript,
-    )
-    if isinstance(opened, Refuse):
-        return opened
-    conversation.connection = opened
-    conversation.upstream_pool = pool
-    return None
-
-
-def usable(connection: Connection) -> bool:
-    """An upstream that said 421 or closed while the client paused is replaced, unnoticed."""
-    return not connection.closing and not connection.wire.eof and not connection.wire.buffered
-
-
 async def route_and_mail(conversation: SmtpConversation, recipient: Recipient | None) -> Reply | Refuse:
     """Route, connect, say MAIL: the upstream's reply to MAIL, or a refusal of ours."""
-    pool = await _pool_for(conversation, recipient)
+    pool = await pool_for(conversation, recipient)
     if isinstance(pool, Refuse):
         return pool
     if recipient is not None and conversation.mail.relayed:
@@ -101,8 +42,9 @@ async def route_and_mail(conversation: SmtpConversation, recipient: Recipient | 
             return Refuse(Cause.OTHER_ROUTE)
         return SENDER_OK
     tried: set[Server] = set()
+    before_hand_off = conversation.served.always_hand_off and conversation.hand_off is not HandOff.NEVER
     while True:
-        refuse = await _connect(conversation, pool, tried)
+        refuse = await connect(conversation, pool, tried)
         if refuse is not None:
             return refuse
         connection = conversation.connection
@@ -118,6 +60,9 @@ async def route_and_mail(conversation: SmtpConversation, recipient: Recipient | 
         if isinstance(reply, Reply):
             conversation.mail.relayed = reply.code // 100
             conversation.mail.server = connection.server.url
+            if reply.reply_class != 2 and conversation.served.pass_error_message != "auto" and before_hand_off:
+                passed = reply if conversation.served.pass_error_message == "always" else None
+                return Refuse(Cause.UPSTREAM_DOWN, reply=passed, log=f"MAIL refused: {reply.code} {reply.text}")
         return reply
 
 
@@ -127,7 +72,7 @@ async def _say_mail(
     """MAIL, and in the same write the RCPT that waits for it, if the server takes that (`mail.sent`)."""
     session, transaction = conversation.session, conversation.session.transaction
     assert transaction is not None
-    parameters = adapted(transaction.parameters, connection.extensions, trusted=session.trusted)
+    parameters = carried(conversation, connection, transaction.parameters)
     if isinstance(parameters, Refuse):
         return parameters
     if conversation.chain.edits_messages:  # their size is no longer what the client said
@@ -140,12 +85,19 @@ async def _say_mail(
             return stage_failed(stage, "upstream_mail", session, error)
     rcpt = None
     if recipient is not None and connection.pipelining:
-        its_parameters = adapted(recipient.parameters, connection.extensions, trusted=session.trusted)
+        its_parameters = carried(conversation, connection, recipient.parameters)
         if not isinstance(its_parameters, Refuse):
             rcpt = format_rcpt(recipient.address, its_parameters)
     reply = in_place(connection, await connection.mail(format_mail(transaction.sender, parameters), rcpt))
     conversation.mail.sent = recipient if rcpt is not None else None
     return reply
+
+
+def carried(conversation: SmtpConversation, connection: Connection, parameters: Parameters) -> Parameters | Refuse:
+    """The parameters as this server takes them; all of them where it reads the client's own words from now on."""
+    if conversation.served.always_hand_off and conversation.hand_off is not HandOff.NEVER:
+        return parameters
+    return adapted(parameters, connection.extensions, trusted=conversation.session.trusted)
 
 
 def in_place(connection: Connection, reply: Reply) -> Reply:
@@ -167,24 +119,11 @@ def drop(conversation: SmtpConversation, error: UpstreamError) -> None:
         connection.abort()
 
 
-def leave(connection: Connection) -> None:
-    """End politely, or keep for the next session where the pool allows it."""
-    give_back(connection)
-
-
 def part(conversation: SmtpConversation) -> None:
     """Leave the upstream: what it was told of the client (login, TLS) is true no more."""
     connection, conversation.connection = conversation.connection, None
     if connection is not None:
-        leave(connection)
-
-
-async def open_for_login(conversation: SmtpConversation) -> Refuse | None:
-    """Open the upstream at once, because the login is its to decide or the hand-off follows."""
-    pool = await _pool_for(conversation, None)
-    if isinstance(pool, Refuse):
-        return pool
-    return await _connect(conversation, pool)
+        give_back(connection)
 
 
 async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -> bool:
@@ -194,7 +133,7 @@ async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -
     False: it goes on being read, in the envelope grade.
     """
     if conversation.connection is None:
-        refuse = await open_for_login(conversation)
+        refuse = await open_early(conversation)
         if refuse is not None:
             conversation.hand_off = HandOff.NEVER
             return False
@@ -206,17 +145,9 @@ async def hand_off_now(conversation: SmtpConversation, last_word: bytes = b"") -
         return False
     conversation.write(last_word)
     conversation.flush()
-    conversation.splicing = True
+    conversation.splicing = True  # its records say so
     conversation.end_transaction()
-    conversation.spliced = connection.server.url
-    conversation.wire.on_gone = None
-    try:
-        result = await splice(conversation.wire, connection.wire, idle=conversation.limits.idle_timeout)
-        conversation.reason = "handed off"
-        conversation.carried = result
-    finally:
-        conversation.connection = None
-        connection.abort()
+    await conversation.join(connection)
     return True
 
 
@@ -224,11 +155,13 @@ def _would_inherit(conversation: SmtpConversation, connection: Connection) -> bo
     extensions = connection.extensions
     if any(keyword in extensions for keyword in FORBIDDEN_BEHIND_HAND_OFF):
         return True
+    if conversation.session.relayed:  # its login is the client's own
+        return False
     return "AUTH" in extensions and bool(conversation.chain.auth)
 
 
 async def rcpt_alone(connection: Connection, conversation: SmtpConversation, recipient: Recipient) -> Reply:
-    parameters = adapted(recipient.parameters, connection.extensions, trusted=conversation.session.trusted)
+    parameters = carried(conversation, connection, recipient.parameters)
     if isinstance(parameters, Refuse):
         raise UpstreamError("lost", connection.server.url, "the next server lacks a parameter of the envelope")
     return in_place(connection, await connection.command(format_rcpt(recipient.address, parameters)))
@@ -242,7 +175,7 @@ async def replay(conversation: SmtpConversation, error: UpstreamError) -> bool:
     if mail.lost is not None or not isinstance(pool, Pool):
         return False
     exclude = {lost.server} if lost is not None and len(pool.servers) > 1 else set()
-    refuse = await _connect(conversation, pool, exclude)
+    refuse = await connect(conversation, pool, exclude)
     if refuse is not None:
         mail.lost = refuse
         return False
@@ -276,7 +209,7 @@ async def change_envelope(conversation: SmtpConversation, draft: Draft, to: Upst
     """
     mail, transaction, pool = conversation.mail, conversation.session.transaction, conversation.upstream_pool
     assert transaction is not None and isinstance(pool, Pool)
-    chosen = pool if to is None else _pool_named(conversation, to)
+    chosen = pool if to is None else pool_named(conversation, to)
     if isinstance(chosen, Refuse):
         return chosen
     if chosen is pool and not draft.restart and not draft.added:
@@ -290,7 +223,7 @@ async def change_envelope(conversation: SmtpConversation, draft: Draft, to: Upst
     before = conversation.connection
     if before is not None and draft.restart:
         before.needs_reset = True
-    refuse = await _connect(conversation, chosen)
+    refuse = await connect(conversation, chosen)
     if refuse is not None:
         return refuse
     connection = conversation.connection
@@ -310,7 +243,7 @@ async def _say_envelope(
 ) -> Refuse | None:
     """MAIL and RCPTs, or those that were added. Raises UpstreamError."""
     for recipient in draft.added:  # what a stage wants of this server for good is not tried again with another
-        parameters = adapted(recipient.parameters, connection.extensions, trusted=conversation.session.trusted)
+        parameters = carried(conversation, connection, recipient.parameters)
         if isinstance(parameters, Refuse):
             return parameters
     if anew:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from gateway.facts import Phase
-from gateway.frontend import smtp_auth, smtp_data, smtp_mail, smtp_upstream, smtp_xclient
+from gateway.frontend import login, smtp_auth, smtp_data, smtp_mail, smtp_upstream, smtp_xclient
 from gateway.frontend.closing import Closing
 from gateway.frontend.offer import ehlo_offer
 from gateway.protocol.smtp import Command, format_ehlo
@@ -18,7 +18,9 @@ from gateway.verdicts import Cause, Refuse
 if TYPE_CHECKING:
     from gateway.frontend.smtp import SmtpConversation
 
-OK = b"250 2.0.0 Ok\r\n"
+
+def _fixed(conversation: SmtpConversation, name: str) -> bytes:
+    return f"{conversation.replies.fixed(name)}\r\n".encode()
 
 
 async def _helo(conversation: SmtpConversation, command: Command) -> bool:
@@ -50,7 +52,7 @@ async def _helo(conversation: SmtpConversation, command: Command) -> bool:
 async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
     wire = conversation.wire
     if conversation.session.tls is not None:
-        conversation.error("503 5.5.1 TLS already active")
+        conversation.error(conversation.replies.fixed("tls_active"), "tls_active")
     elif conversation.session.listener.tls is None:
         conversation.error("502 5.5.1 STARTTLS not offered")
     elif command.argument:
@@ -63,9 +65,9 @@ async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
     else:
         # What was learned in clear is forgotten, the login too (RFC 3207 4.2).
         await smtp_mail.reset(conversation)
-        smtp_auth.forget_login(conversation)
+        login.forget_login(conversation)
         smtp_upstream.part(conversation)
-        conversation.write(b"220 2.0.0 ready to start TLS\r\n")
+        conversation.write(_fixed(conversation, "starttls"))
         conversation.flush()
         await conversation.start_tls()
     return False
@@ -73,7 +75,7 @@ async def _starttls(conversation: SmtpConversation, command: Command) -> bool:
 
 async def _noop(conversation: SmtpConversation, command: Command) -> bool:
     conversation.count_junk()
-    conversation.write(OK)
+    conversation.write(_fixed(conversation, "ok"))
     return False
 
 
@@ -81,22 +83,25 @@ async def _vrfy(conversation: SmtpConversation, command: Command) -> bool:
     await conversation.must_be_last()
     conversation.count_junk()
     if not command.argument:
-        conversation.error("501 5.5.4 needs an address")
+        conversation.error("501 5.5.4 needs an address", "vrfy")
     else:
-        conversation.write(b"252 2.1.5 cannot verify; send mail and see\r\n")
+        conversation.write(_fixed(conversation, "vrfy"))
     return False
 
 
 async def _expn(conversation: SmtpConversation, command: Command) -> bool:
     conversation.count_junk()
-    conversation.write(b"502 5.5.1 command not available\r\n")
+    conversation.write(_fixed(conversation, "expn"))
     return False
 
 
 async def _help(conversation: SmtpConversation, command: Command) -> bool:
     conversation.count_junk()
-    hello = "RFC 2033; commands: LHLO" if conversation.lmtp else "RFC 5321; commands: EHLO HELO"
-    conversation.write(f"214 2.0.0 see {hello} MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT\r\n".encode())
+    text = conversation.replies.written.get("help")
+    if text is None:
+        hello = "RFC 2033; commands: LHLO" if conversation.lmtp else "RFC 5321; commands: EHLO HELO"
+        text = f"214 2.0.0 see {hello} MAIL RCPT DATA BDAT RSET NOOP VRFY AUTH STARTTLS QUIT"
+    conversation.write(f"{text}\r\n".encode())
     return False
 
 
@@ -106,12 +111,12 @@ async def _rset(conversation: SmtpConversation, command: Command) -> bool:
         conversation.error("501 5.5.4 no parameters allowed")
         return False
     await smtp_mail.reset(conversation)
-    conversation.write(OK)
+    conversation.write(_fixed(conversation, "ok"))
     return False
 
 
 async def _quit(conversation: SmtpConversation, command: Command) -> bool:
-    conversation.write(b"221 2.0.0 Bye\r\n")
+    conversation.write(_fixed(conversation, "quit"))
     raise Closing("quit")
 
 

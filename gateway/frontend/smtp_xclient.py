@@ -1,53 +1,18 @@
-"""Who the client is, by the word of trusted peers: the PROXY header and XCLIENT.
+"""Who the client is, by the word of trusted peers: XCLIENT.
 
-Both are believed only from networks named in `trust:`, judged by the TCP peer, never by what was claimed.
+Believed only from networks named in `trust.xclient`, judged by the TCP peer, never by what was claimed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import structlog
-
-from gateway.frontend.closing import Closing
-from gateway.protocol import proxy_header
 from gateway.protocol import xclient as codec
-from gateway.protocol.errors import PeerError
 from gateway.protocol.smtp import Command, Reply
 from gateway.session import Client, Session
 
 if TYPE_CHECKING:
     from gateway.frontend.smtp import SmtpConversation
-
-log = structlog.get_logger("gateway.smtp")
-
-
-async def read_proxy_header(conversation: SmtpConversation) -> None:
-    """Take the PROXY header off the wire, before TLS and greeting. Raises Closing, silently for the client."""
-    wire, session = conversation.wire, conversation.session
-    if session.peer[0] not in conversation.served.trust_proxy and session.peer[0] != "unix:":
-        log.warning("proxy_header", session=session.id, client=session.peer[0], error="peer is not in trust.proxy")
-        raise Closing("PROXY peer not trusted")
-    wire.set_deadline(conversation.limits.proxy_timeout)
-    data = b""
-    while True:
-        block = await wire.read()
-        if not block:
-            raise Closing("no PROXY header")
-        data += block
-        try:
-            parsed = proxy_header.parse(data)
-        except PeerError as error:
-            log.warning("proxy_header", session=session.id, client=session.peer[0], error=str(error))
-            raise Closing("broken PROXY header") from None
-        if parsed is not None:
-            break
-    header, consumed = parsed
-    wire.unread(data[consumed:])
-    session.proxy_header = header
-    if header.source is not None and header.destination is not None:
-        session.client = Client(*header.source)
-        session.local = header.destination
 
 
 def may_xclient(conversation: SmtpConversation) -> bool:

@@ -12,14 +12,18 @@ from typing import Final, NamedTuple
 
 
 class RecordSpec(NamedTuple):
-    """When a record is written (`help`), and the meaning and unit of each of its keys."""
+    """When a record is written (`help`), the meaning and unit of each of its keys, and the words for it.
+
+    `text` is what the text form says instead of the record's name, if anything; `{key}` in it is that key's value.
+    """
 
     help: str
     keys: Mapping[str, str]
+    text: str = ""
 
 
-ENVELOPE_KEYS: Final = ("time", "level", "logger", "record", "exception")
-"""Keys that any record may have: `exception` is a traceback."""
+ENVELOPE_KEYS: Final = ("time", "level", "logger", "record", "pipeline", "exception")
+"""Keys that any record may have: `pipeline` in all of a session, `exception` is a traceback."""
 
 _SESSION: Final = {
     "session": "Id of the session, as shown in refusals.",
@@ -38,8 +42,9 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "grade": "How far it reads: opaque, envelope or content.",
             "stages": "Ids of its stages, in order.",
         },
+        "pipeline {pipeline} accepts connections",
     ),
-    "stop": RecordSpec("The worker served its last session.", {}),
+    "stop": RecordSpec("The worker served its last session.", {}, "the last session is over"),
     "session": RecordSpec(
         "A session ended; one for each connection.",
         {
@@ -59,6 +64,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "seconds": "From accept to close.",
             "reason": "Who or what ended it.",
         },
+        "session ended",
     ),
     "transaction": RecordSpec(
         "A message was answered, or left by the client; one for each that had a recipient or the upstream's refusal.",
@@ -78,6 +84,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "stage_ms": "Milliseconds that each stage took, without waiting for the client.",
             "seconds": "From MAIL to the final reply.",
         },
+        "message answered",
     ),
     "refusal": RecordSpec(
         "A command, a connection or a message was refused by the gateway.",
@@ -93,10 +100,12 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "recipient": "Address in RCPT, where a recipient was refused.",
             "detail": "What only the operator is told.",
         },
+        "refused by the gateway",
     ),
     "auth": RecordSpec(
         "A login succeeded.",
         {**_SESSION, **_USER, "mechanism": "SASL mechanism.", "stage": "Id of the stage that verified it."},
+        "client logged in",
     ),
     "auth_failure": RecordSpec(
         "A login failed, or could not be verified.",
@@ -108,6 +117,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "stage": "Id of the stage that decided.",
             "detail": "What only the operator is told.",
         },
+        "client login failed",
     ),
     "observed": RecordSpec(
         "A stage in mode observe, or outside its share of clients, would have refused.",
@@ -119,14 +129,17 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "cause": "Cause, one of a fixed set.",
             "text": "Text of the refusal.",
         },
+        "would have been refused, but is only observed",
     ),
     "discard": RecordSpec(
         "A message was accepted and not delivered, as a stage decided.",
         {**_SESSION, "stage": "Id of the stage.", "sender": "Address in MAIL.", "detail": "The stage's reason."},
+        "message accepted and thrown away",
     ),
     "line_endings": RecordSpec(
         "Bare CR or LF in a trusted client's message was replaced.",
         {**_SESSION, "bare": "LF or CR: which came first."},
+        "bare {bare} in a message was replaced",
     ),
     "upstream_failure": RecordSpec(
         "An upstream could not be used, or was lost.",
@@ -137,6 +150,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "kind": "What went wrong, one of a fixed set.",
             "error": "The error; where a setting of the upstream is to mend, its name.",
         },
+        "upstream {server} failed",
     ),
     "stage_failure": RecordSpec(
         "A stage raised an error or took too long.",
@@ -147,10 +161,12 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "error": "The error.",
             "action": "What follows from it (on_error).",
         },
+        "stage {stage} failed",
     ),
     "proxy_header": RecordSpec(
         "A connection came without the PROXY header it needs, or with one that is not believed.",
         {"session": "Id of the session.", "client": "Address of the TCP peer.", "error": "What is wrong with it."},
+        "bad PROXY header",
     ),
     "upstream_down": RecordSpec(
         "Active checks of an upstream server failed; it gets no sessions.",
@@ -160,41 +176,53 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "kind": "What went wrong, one of a fixed set.",
             "error": "The error.",
         },
+        "upstream {server} is down",
     ),
     "upstream_up": RecordSpec(
         "An upstream server that was down passed its checks again.",
         {"pool": "Name of the pool.", "server": "URL of the server."},
+        "upstream {server} is up again",
     ),
     "xforward_refused": RecordSpec(
         "An upstream offered XFORWARD and refused it; the mail went on without.",
         {**_STAGE, "session": "Id of the session.", "server": "URL of the server.", "reply": "Its reply."},
+        "upstream {server} refused XFORWARD",
     ),
     "filter_action": RecordSpec(
         "A milter asked for changes to a message that it had not announced; they were not made.",
         {**_STAGE, "session": "Id of the session.", "action": "What it asked for."},
+        "filter asked for what it had not announced: {action}",
     ),
     "not_counted": RecordSpec(
         "A limit could not count something that had happened already: the store did not answer.",
         {**_STAGE, "count": "What it counts.", "error": "The error."},
+        "something that happened was not counted",
     ),
     "users_file": RecordSpec(
         "A users file could not be read.",
         {**_STAGE, "file": "Path.", "error": "The error.", "action": "What follows from it."},
+        "users file {file} could not be read",
     ),
-    "list_read": RecordSpec("A list that changed was read again.", {"file": "Path."}),
+    "list_read": RecordSpec("A list that changed was read again.", {"file": "Path."}, "list {file} was read again"),
     "list_unreadable": RecordSpec(
         "A list that changed could not be read.",
         {"file": "Path.", "error": "The error.", "action": "What follows from it."},
+        "list {file} could not be read",
     ),
     "profiles_not_read": RecordSpec(
-        "What the upstreams announced last time could not be read.", {"file": "Path.", "error": "The error."}
+        "What the upstreams announced last time could not be read.",
+        {"file": "Path.", "error": "The error."},
+        "profiles of upstreams could not be read",
     ),
     "profiles_not_written": RecordSpec(
-        "What the upstreams announce could not be kept.", {"file": "Path.", "error": "The error."}
+        "What the upstreams announce could not be kept.",
+        {"file": "Path.", "error": "The error."},
+        "profiles of upstreams could not be kept",
     ),
     "internal_error": RecordSpec(
         "A fault of the gateway itself; the session was closed.",
         {"session": "Id of the session.", "pipeline": "Name of the pipeline.", "error": "The error."},
+        "internal error",
     ),
     "transcript": RecordSpec(
         "A line of the dialogue with a client of debug_clients; secrets and content are left out.",
@@ -202,14 +230,17 @@ RECORDS: Final[dict[str, RecordSpec]] = {
             "session": "Id of the session.",
             "line": "C: from the client, S: to it, U> to the upstream, U< from it; then the line.",
         },
+        "{line}",
     ),
     "warning": RecordSpec(
         "Something an operator should mend, at load or while running.",
         {"pipeline": "Name of the pipeline.", "text": "What is wrong, and what would mend it."},
+        "{text}",
     ),
     "lost_records": RecordSpec(
         "Records before this one could not be written (a full disk, a reader that is gone or slow).",
         {"count": "How many.", "error": "The last error."},
+        "{count} records before this one were lost",
     ),
 }
 

@@ -9,10 +9,12 @@ is not fed here but announced by its size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from gateway.observe.logs import SHORT_SECRET, get_logger
+from gateway.protocol.imap import is_tag
 
 MAX_LINES: Final = 2000
 """Lines of one session; what follows is left out, since a session may last for days."""
@@ -23,14 +25,19 @@ MAX_SECRETS: Final = 100
 MAX_LENGTH: Final = 1000
 """Characters shown of a line."""
 
-_VERBS: Final = frozenset(
+_SMTP_VERBS: Final = frozenset(
     b"EHLO HELO LHLO MAIL RCPT DATA BDAT RSET NOOP VRFY EXPN HELP QUIT STARTTLS XCLIENT XFORWARD ETRN".split()
 )
+_IMAP_VERBS: Final = frozenset(
+    b"CAPABILITY NOOP LOGOUT STARTTLS ID ENABLE SELECT EXAMINE LIST LSUB STATUS NAMESPACE IDLE".split()
+)
+_POP3_VERBS: Final = frozenset(b"CAPA STLS USER NOOP QUIT STAT LIST RETR DELE RSET TOP UIDL UTF8 LANG XCLIENT".split())
 _MECHANISMS: Final = frozenset(
     b"PLAIN LOGIN CRAM-MD5 DIGEST-MD5 EXTERNAL XOAUTH2 OAUTHBEARER SCRAM-SHA-1 SCRAM-SHA-256 GSSAPI NTLM".split()
 )
 _IDENTITY: Final = re.compile(rb"(?i)(\s(?:LOGIN|AUTH)=)(\S+)")
 _REMOVED: Final = "[removed]"
+_LITERAL: Final = re.compile(rb"\{[0-9]*[+-]?\}\Z")
 
 
 def _to_log(session: str) -> Callable[[str], None]:
@@ -38,43 +45,133 @@ def _to_log(session: str) -> Callable[[str], None]:
     return lambda line: log.info("transcript", session=session, line=line)
 
 
-class _Side:
-    """Commands and replies of one conversation; knows when a SASL exchange is under way."""
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What a command line shows, the secrets in it, and whether secrets may follow it until it is answered."""
 
-    __slots__ = ("_exchange", "_partial", "_secrets", "command_mark", "reply_mark")
+    shown: str
+    secrets: Sequence[bytes] = ()
+    exchange: bool = False
+
+
+def _no_command(line: bytes) -> _Command:
+    return _Command(f"[{len(line)} octets that are no command]")
+
+
+def _auth(begin: bytes, arguments: bytes) -> _Command:
+    """AUTH and AUTHENTICATE: the mechanism."""
+    mechanism, *responses = arguments.split() or [b""]
+    name = f"{mechanism.upper().decode()} " if mechanism.upper() in _MECHANISMS else ""
+    return _Command(f"{begin.decode()} {name}{_REMOVED}", responses, exchange=True)
+
+
+def _smtp_command(line: bytes) -> _Command:
+    verb, rest = _words(line)
+    if verb == b"AUTH":
+        return _auth(verb, rest)
+    if verb not in _SMTP_VERBS:
+        return _no_command(line)
+    secrets = secrets_of(line) if verb == b"XCLIENT" else ()
+    return _Command(_shown(_IDENTITY.sub(rb"\1" + _REMOVED.encode(), line)), secrets)
+
+
+def _imap_command(line: bytes) -> _Command:
+    """Behind the tag; the octets of literals are not fed, and what follows them may be as secret as they are."""
+    tag, _, command = line.partition(b" ")
+    verb, rest = _words(command)
+    if not is_tag(tag):
+        return _no_command(line)
+    begin = tag + b" " + verb
+    if verb == b"LOGIN":
+        return _Command(f"{begin.decode()} {_REMOVED}", _login_secrets(rest), exchange=True)
+    if verb == b"AUTHENTICATE":
+        return _auth(begin, rest)
+    if verb not in _IMAP_VERBS:
+        return _no_command(line)
+    return _Command(_shown(line), exchange=_LITERAL.search(line) is not None)
+
+
+def _login_secrets(arguments: bytes) -> list[bytes]:
+    """The password as it stands behind the user's name, and without its quotes."""
+    begin, end = (1, b'"') if arguments[:1] == b'"' else (0, b" ")
+    password = arguments[begin:].partition(end)[2].strip()
+    bare = password.removeprefix(b'"').removesuffix(b'"')
+    return [password, bare, bare.replace(b'\\"', b'"').replace(b"\\\\", b"\\")] if password else []
+
+
+def _pop3_command(line: bytes) -> _Command:
+    verb, rest = _words(line)
+    if verb == b"AUTH":
+        return _auth(verb, rest)
+    if verb == b"PASS":
+        return _Command(f"PASS {_REMOVED}", [rest])
+    if verb == b"APOP":
+        name, _, digest = rest.rpartition(b" ")
+        return _Command(f"{_shown(b'APOP ' + name).rstrip()} {_REMOVED}", [digest])
+    if verb not in _POP3_VERBS:
+        return _no_command(line)
+    return _Command(_shown(_IDENTITY.sub(rb"\1" + _REMOVED.encode(), line)))
+
+
+def _words(line: bytes) -> tuple[bytes, bytes]:
+    """The verb in upper case, and the rest."""
+    verb, *rest = line.split(None, 1) or [b""]
+    return verb.upper(), b"".join(rest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Protocol:
+    """How to read its commands, and of its replies the greeting, challenges, and those that end an exchange."""
+
+    read: Callable[[bytes], _Command]
+    greeting: re.Pattern[bytes]
+    challenge: re.Pattern[bytes]
+    end: re.Pattern[bytes]
+
+
+_CONTINUATION: Final = re.compile(rb"\+(?= |\Z)")
+_SMTP: Final = _Protocol(_smtp_command, re.compile(rb""), re.compile(rb"334"), re.compile(rb"(?s)(?!...-)"))
+_IMAP: Final = _Protocol(_imap_command, re.compile(rb"\* "), _CONTINUATION, re.compile(rb"\* BYE|(?!\* )"))
+_POP3: Final = _Protocol(_pop3_command, re.compile(rb"\+OK|-ERR"), _CONTINUATION, re.compile(rb"\+OK|-ERR"))
+
+
+class _Side:
+    """Commands and replies of one conversation; knows when a SASL exchange is under way.
+
+    Which protocol it is, its first reply says: the greeting. Nobody is heard before that.
+    """
+
+    __slots__ = ("_exchange", "_partial", "_protocol", "_secrets", "command_mark", "reply_mark")
 
     def __init__(self, command_mark: str, reply_mark: str) -> None:
         self.command_mark = command_mark
         self.reply_mark = reply_mark
+        self._protocol: _Protocol | None = None
         self._exchange = False
         self._partial = b""
         self._secrets: list[bytes] = []
 
-    def hide(self, line: bytes) -> None:
-        """What of this command no reply may show either."""
-        self._secrets = [*self._secrets, *secrets_of(line)][-MAX_SECRETS:]
+    def hide(self, secrets: Iterable[bytes]) -> None:
+        """What no reply may show either."""
+        self._secrets = [*self._secrets, *secrets][-MAX_SECRETS:]
 
     def command(self, line: bytes) -> str:
         """What to show of a command line."""
-        verb = line.split(None, 1)[0].upper() if line.strip() else b""
-        if verb == b"AUTH":
-            self.hide(line)
-            self._exchange = True
-            mechanism = b"".join(line.split(None, 2)[1:2]).upper()
-            return f"AUTH {mechanism.decode()} {_REMOVED}" if mechanism in _MECHANISMS else f"AUTH {_REMOVED}"
-        if self._exchange:
+        command = (self._protocol or _SMTP).read(line)
+        if self._exchange and not command.exchange:
             return _REMOVED
-        if verb not in _VERBS:
-            return f"[{len(line)} octets that are no command]"
-        if verb == b"XCLIENT":
-            self.hide(line)
-        return _shown(_IDENTITY.sub(rb"\1" + _REMOVED.encode(), line))
+        self.hide(command.secrets)
+        self._exchange = self._exchange or command.exchange
+        return command.shown
 
     def reply(self, line: bytes) -> str:
         """What to show of a reply line."""
-        if line.startswith(b"334"):
-            return f"334 {_REMOVED}"
-        if self._exchange and line[3:4] != b"-":
+        if self._protocol is None:
+            self._protocol = next((one for one in (_IMAP, _POP3) if one.greeting.match(line)), _SMTP)
+        challenge = self._protocol.challenge.match(line)
+        if challenge is not None:
+            return f"{challenge[0].decode()} {_REMOVED}"
+        if self._protocol.end.match(line):
             self._exchange = False
         return _shown(without(line, self._secrets))
 
@@ -86,7 +183,7 @@ class _Side:
 
 
 def secrets_of(line: bytes) -> list[bytes]:
-    """What of a command is secret: the response in AUTH, the LOGIN of XCLIENT, or all of a SASL response.
+    """What of SMTP's command is secret: the response in AUTH, the LOGIN of XCLIENT, or all of a SASL response.
 
     Some servers repeat in their reply the command that they did not take (Sendmail: `500 5.5.1 Command unrecognized`).
     """
@@ -141,7 +238,7 @@ class Transcript:
 
     def to_upstream_secret(self, line: bytes = b"") -> None:
         """A line to the upstream that is a secret as a whole."""
-        self._upstream.hide(line)
+        self._upstream.hide(line.split())
         self._put("U>", _REMOVED)
 
     def from_upstream(self, data: bytes) -> None:

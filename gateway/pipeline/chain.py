@@ -110,15 +110,18 @@ class StageFailure(Exception):
     """A stage raised or took too long; carries what the log says."""
 
 
+def reason(error: BaseException) -> str:
+    """What a stage failed with, for logs."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return "time-out"
+    if type(error).__module__.startswith("gateway."):
+        return str(error)  # our own say all themselves
+    return f"{type(error).__name__}: {error}"
+
+
 def unanswered(step: Step, error: BaseException) -> Refuse:
     """The verdict that `on_error` stands for."""
-    if isinstance(error, TimeoutError) and not str(error):
-        why = "time-out"
-    elif type(error).__module__.startswith("gateway."):
-        why = str(error)  # our own say all themselves
-    else:
-        why = f"{type(error).__name__}: {error}"
-    text = f"{step.stage.id} in {step.phase.name.lower()}: {why}"
+    text = f"{step.stage.id} in {step.phase.name.lower()}: {reason(error)}"
     if step.on_error == "reject":
         return Refuse(Cause.STAGE_FAILED, temporary=False, log=text)
     return Refuse(Cause.STAGE_FAILED, disconnect=step.on_error == "disconnect", log=text)
@@ -273,7 +276,7 @@ class Chain:
             session=session.id,
             stage=step.stage.id,
             phase=step.phase.name.lower(),
-            error=refuse.log,
+            error=reason(error),
             action=step.on_error,
         )
         if step.phase is Phase.AUTH:

@@ -17,25 +17,34 @@ from pydantic import BaseModel
 
 from gateway import hookspecs
 from gateway.config.documents import Document
+from gateway.config.listen import Keepalive
+from gateway.config.listen import Listener as ListenerModel
 from gateway.config.load import validate_settings
-from gateway.config.models import Listener as ListenerModel
-from gateway.config.models import Pipeline, Spool, StageEntry, Table, Tls
+from gateway.config.models import Health, Pipeline, ServerSettings, Spool, StageEntry, Table
 from gateway.config.models import Pool as PoolModel
 from gateway.config.problems import ConfigError, Loc, Problem, did_you_mean, written_loc
+from gateway.config.resolver import ResolverSettings
+from gateway.config.tls_settings import Tls
 from gateway.facts import BUILT_IN, Expression, Fact, Phase, PoolName
 from gateway.frontend.served import HandOff, Networks
 from gateway.limits import Limits
 from gateway.pipeline import registry
 from gateway.pipeline.chain import Call, Chain, Step, bound_hook, route_phase
 from gateway.pipeline.conditions import FUNCTIONS, ConditionError, Conditions
-from gateway.relay.tls import Certificate, ServerContext, TlsConfigError
+from gateway.pipeline.server_context import server_context
+from gateway.relay.tls import ServerContext, TlsConfigError
+from gateway.replies import FAMILIES, Family, Replies
 from gateway.stage import Kind, Settings, Stage
 from gateway.tables import ListFile
 from gateway.upstream.pool import PoolSettings
+from gateway.upstream.prelude import ErrorMessages
+from gateway.verdicts import Cause
 
 FoundT = TypeVar("FoundT")
 POSTPONED = (Phase.CONNECT, Phase.GREETING, Phase.HELO)
 CAUGHT_UP = (Phase.CONNECT, Phase.SECURE, Phase.GREETING, Phase.HELO, Phase.MAIL, Phase.RCPT)
+FAMILY = {"smtp": "smtp", "lmtp": "smtp", "imap": "imap", "pop3": "pop3"}
+MAIL_HOOKS = frozenset(("helo", "mail", "rcpt", "data", "message", "edits", "upstream_mail"))
 LOGIN_GRACE, OTHER_GRACE = 45.0, 240.0
 
 
@@ -53,6 +62,13 @@ class ListenerPlan:
     capabilities: dict[str, str] | None = None
     tls: ServerContext | None = None
     protocol: str = "smtp"
+    starttls: bool = True
+    backlog: int = 511
+    ipv6only: bool = True
+    keepalive: Keepalive | None = field(default_factory=Keepalive)
+    rcvbuf: int | None = None
+    sndbuf: int | None = None
+    multipath: bool = False
 
 
 @dataclass(slots=True)
@@ -71,7 +87,6 @@ class Plan:
     reason: str
     rows: list[Row]
     dynamic_pool: PoolSettings = field(default_factory=PoolSettings)
-    tls: ServerContext | None = None
     trust_proxy: Networks = field(default_factory=Networks)
     trust_xclient: Networks = field(default_factory=Networks)
     debug_clients: Networks = field(default_factory=Networks)
@@ -90,6 +105,14 @@ class Plan:
     trust_clients: Networks = field(default_factory=Networks)
     certificate_required: bool = False
     resolvers: list[tuple[str, int]] = field(default_factory=list)
+    resolver: ResolverSettings = field(default_factory=ResolverSettings)
+    replies: dict[Family, Replies] = field(default_factory=dict)
+    disconnect_on: frozenset[Cause] = frozenset()
+    bare_lf: bool = False
+    unauthorized_pipelining: bool = False
+    helo_required: bool = True
+    pass_error_message: ErrorMessages = "auto"
+    hand_off_at_login: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
@@ -136,6 +159,7 @@ class _Compiler:
         self._check_facts()
         self._check_order()
         self._check_pools()
+        self._check_protocols()
         self._check_spool()
         self._check_tls()
         if self.problems:
@@ -361,6 +385,29 @@ class _Compiler:
                         "name the real server",
                     )
 
+    def _check_protocols(self) -> None:
+        """Every listener's clients can be served: there are logins and servers in its protocol."""
+        stages = [stage for _, stage in self.entries if stage.mode != "off"]
+        logins = any(hasattr(stage, "mechanisms") for stage in stages)
+        spoken = {FAMILY[server.url.protocol] for pool in self.pipeline.upstreams.values() for server in pool.servers}
+        names_servers = any(stage.names_servers for stage in stages)
+        listening = {FAMILY[listener.url.protocol] for listener in self.pipeline.listen}
+        for index, listener in enumerate(self.pipeline.listen):
+            protocol, loc = FAMILY[listener.url.protocol], ("listen", index)
+            if protocol != "smtp" and not logins:
+                text = f"nobody could log in to {protocol.upper()} here"
+                self.problem(loc, text, "add an auth stage: auth_http, auth_file, auth_relay")
+            if protocol not in spoken and not names_servers:
+                text = f"no server in upstreams speaks {protocol.upper()}"
+                self.problem(loc, text, f"add a pool of {protocol}:// servers")
+        if "smtp" not in listening:
+            for entry, stage in self.entries:
+                hooks = [name for name in hook_names(stage) if name in MAIL_HOOKS]
+                others = set(hook_names(stage)) - MAIL_HOOKS
+                if hooks and not others and stage.mode != "off":
+                    text = f"{entry.name} is asked about mail, which nobody sends to {' and '.join(sorted(listening))}"
+                    self.problem(entry.loc, text, "remove it", key=True)
+
     def _check_spool(self) -> None:
         """A folder that is not there would be missed by the first large message only."""
         folder = self.pipeline.spool.directory
@@ -368,7 +415,7 @@ class _Compiler:
             self.problem(("spool", "directory"), "there is no such folder to write to", "make it, or name another")
 
     def _check_tls(self) -> None:
-        certificates = all((listener.tls or self.pipeline.tls).certificates for listener in self.pipeline.listen)
+        certificates = all(listener.tls_possible(self.pipeline.tls) for listener in self.pipeline.listen)
         auth = [entry for entry, stage in self.entries if hasattr(stage, "mechanisms") and stage.mode != "off"]
         if (
             not certificates
@@ -388,7 +435,7 @@ class _Compiler:
     def _check_relay(self) -> None:
         """The relay guard: no open relay by omission (architecture, "Relay guard")."""
         stages = [stage for _, stage in self.entries if stage.mode == "enforce" and stage not in self.when]
-        if self.pipeline.relay == "open" or any(_required(stage) for stage in stages):
+        if not self._mail_listeners() or self.pipeline.relay == "open" or any(_required(stage) for stage in stages):
             return
         if any(stage.limits_recipients for stage in stages):
             return
@@ -455,7 +502,9 @@ class _Compiler:
     # -- the grade ------------------------------------------------------------------------------------------
 
     def _grade(self, chain: Chain) -> tuple[HandOff, str]:
-        """How long the conversation must be read, and because of whom."""
+        """How long the conversation must be read, and because of whom. IMAP and POP3 are opaque after the login."""
+        if not self._mail_listeners():
+            return HandOff.LOGIN, "IMAP and POP3 need nothing after the login"
         splice = self.entries[-1][1].settings
         wanted = getattr(splice, "handoff", "auto")
         if wanted == "never":
@@ -493,66 +542,68 @@ class _Compiler:
             return HandOff.MAIL, "trusted clients may say XCLIENT"
         return HandOff.GREETING, "nothing is needed after the greeting"
 
+    def _joined_at_login(self, chain: Chain, hand_off: HandOff) -> bool:
+        """With `handoff: always`: whether who logs in is handed off then, also where others are read up to RCPT."""
+        always = getattr(self.entries[-1][1].settings, "handoff", "auto") == "always"
+        if not always or hand_off is HandOff.NEVER or not chain.mechanisms:
+            return False
+        late = [step for step in chain.route_early if route_phase(step.stage) >= Phase.MAIL]
+        steps = (*chain.mail, *chain.rcpt, *chain.data, *chain.route_rcpt, *late)
+        return all(step.stage.only_without_login for step in steps)
+
     def _protocols(self) -> set[str]:
-        """What is spoken on either side: smtp, lmtp."""
+        """What mail is handed on with on either side: smtp, lmtp."""
         servers = {server.url.protocol for pool in self.pipeline.upstreams.values() for server in pool.servers}
-        return servers | {listener.url.protocol for listener in self.pipeline.listen}
+        return (servers | {listener.url.protocol for listener in self.pipeline.listen}) & {"smtp", "lmtp"}
+
+    def _mail_listeners(self) -> bool:
+        """Whether anybody can send mail here."""
+        return any(listener.url.protocol in ("smtp", "lmtp") for listener in self.pipeline.listen)
 
     # -- the result -----------------------------------------------------------------------------------------
 
     def _certificates(self) -> bool:
-        return any((listener.tls or self.pipeline.tls).certificates for listener in self.pipeline.listen)
+        return any(listener.tls_possible(self.pipeline.tls) for listener in self.pipeline.listen)
 
     def _listeners(self) -> list[ListenerPlan]:
-        plans = []
-        for listener in self.pipeline.listen:
-            url = listener.url
-            plans.append(
-                ListenerPlan(
-                    str(url),
-                    listener.name or str(url),
-                    url.host,
-                    url.port,
-                    url.path,
-                    url.implicit_tls,
-                    listener.proxy_protocol == "required",
-                    _keywords(listener),
-                    protocol=url.protocol,
-                )
-            )
-        return plans
+        return [plan for listener in self.pipeline.listen for plan in _listener_plans(listener)]
 
-    def _server_context(self, tls: Tls, loc: Loc) -> ServerContext | None:
-        if not tls.certificates:
-            return None
+    def _server_context(self, tls: Tls, protocol: str, loc: Loc) -> ServerContext | None:
+        """Clients that ask for another protocol than this listener's get none (ALPN, RFC 7301)."""
         try:
-            return ServerContext(
-                [Certificate(str(pair.chain), str(pair.key)) for pair in tls.certificates],
-                minimum=tls.minimum_version,
-                client_ca=str(tls.client_ca) if tls.client_ca else None,
-                verify=tls.verify_client,
-                ciphers=tls.ciphers,
-                alpn=("smtp",),
-            )
+            return server_context(tls, (FAMILY[protocol],))
         except TlsConfigError as error:
             raise ConfigError([Problem(self.document.place(loc), written_loc(loc), str(error))]) from None
 
     def _listeners_with_tls(self) -> list[ListenerPlan]:
-        """The listeners with the certificates of those that have their own."""
-        return [
-            plan if own.tls is None else replace(plan, tls=self._server_context(own.tls, ("listen", index, "tls")))
-            for index, (plan, own) in enumerate(zip(self._listeners(), self.pipeline.listen, strict=True))
-        ]
+        """The listeners with their certificates: their own, or the pipeline's, shared by those of a protocol."""
+        plans, shared = [], dict[str, ServerContext | None]()
+        for index, listener in enumerate(self.pipeline.listen):
+            protocol = listener.url.protocol
+            if listener.tls is not None:
+                context = self._server_context(listener.tls, protocol, ("listen", index, "tls"))
+            else:
+                family = FAMILY[protocol]
+                if family not in shared:
+                    shared[family] = self._server_context(self.pipeline.tls, protocol, ("tls", "certificates"))
+                context = shared[family]
+            plans += [replace(plan, tls=context) for plan in _listener_plans(listener)]
+        return plans
 
     def _default_pool(self) -> str:
         named = getattr(self.entries[-1][1].settings, "pool", None)
         if named:
             return str(named)
-        return next(iter(self.pipeline.upstreams)) if len(self.pipeline.upstreams) == 1 else ""
+        pools = self.pipeline.upstreams
+        mail = [name for name, pool in pools.items() if FAMILY[pool.servers[0].url.protocol] == "smtp"]
+        if len(mail) == 1:  # stores have their own default: the only pool that speaks their protocol
+            return mail[0]
+        return next(iter(pools)) if len(pools) == 1 else ""
 
     def _result(self, chain: Chain, hand_off: HandOff, reason: str) -> Plan:
         pipeline, stages = self.pipeline, chain.stages
         required = any(_required(stage) for stage in stages)
+        at_login = self._joined_at_login(chain, hand_off)
         received = [
             getattr(stage.settings, "max_hops", 0) for stage in stages if stage.counts_received
         ]
@@ -569,14 +620,14 @@ class _Compiler:
             grade="content" if chain.message else "envelope" if hand_off is HandOff.NEVER else "opaque",
             reason=reason,
             rows=self._rows(),
-            tls=self._server_context(pipeline.tls, ("tls", "certificates")),
             trust_proxy=Networks(pipeline.trust.proxy),
             trust_xclient=Networks(pipeline.trust.xclient),
             trust_clients=Networks(pipeline.trust.clients),
             debug_clients=Networks(pipeline.log.debug_clients),
             allow_plaintext_auth=pipeline.allow_plaintext_auth,
             auth_required=required,
-            login_decides=any(stage.login_decides for stage in stages),
+            # With `handoff: always` the client hears of its login once it is joined, as from nginx.
+            login_decides=at_login or any(stage.login_decides for stage in stages),
             line_endings=pipeline.line_endings,
             nul=pipeline.nul,
             spool=pipeline.spool,
@@ -587,6 +638,15 @@ class _Compiler:
             max_received=max(received, default=0),
             end_of_data=limits.end_of_data_timeout or (LOGIN_GRACE if required else OTHER_GRACE),
             resolvers=[(one.host, one.port) for one in pipeline.resolvers],
+            resolver=pipeline.resolver,
+            replies={family: Replies(family, getattr(pipeline.replies, family)) for family in FAMILIES},
+            disconnect_on=frozenset(Cause[name.upper()] for name in pipeline.disconnect_on),
+            bare_lf=pipeline.bare_lf == "accept",
+            unauthorized_pipelining=pipeline.unauthorized_pipelining == "accept",
+            helo_required=pipeline.helo_required,
+            pass_error_message=getattr(self.entries[-1][1].settings, "pass_error_message", "auto"),
+            hand_off_at_login=at_login,
+            dynamic_pool=_server_settings(pipeline.dynamic_servers),
         )
         if plan.always_hand_off:
             plan.warnings.append(
@@ -693,10 +753,37 @@ def _found(value: object, wanted: type[FoundT], loc: Loc) -> Iterable[tuple[Loc,
             yield from _found(item, wanted, (*loc, str(key)))
 
 
+def _listener_plans(listener: ListenerModel) -> list[ListenerPlan]:
+    """One for each port of a range."""
+    return [
+        ListenerPlan(
+            str(url),
+            listener.name or str(url),
+            url.host,
+            url.port,
+            url.path,
+            url.implicit_tls,
+            listener.proxy_protocol == "required",
+            _keywords(listener),
+            protocol=url.protocol,
+            starttls=listener.starttls,
+            backlog=listener.backlog,
+            ipv6only=listener.ipv6only,
+            keepalive=listener.keepalive,
+            rcvbuf=listener.rcvbuf,
+            sndbuf=listener.sndbuf,
+            multipath=listener.multipath,
+        )
+        for url in listener.url.urls()
+    ]
+
+
 def _keywords(listener: ListenerModel) -> dict[str, str] | None:
-    """The typed exception to computed capabilities: exactly these lines."""
+    """The typed exception to computed capabilities: exactly these lines; IMAP's are words as they are written."""
     if listener.capabilities is None:
         return None
+    if listener.url.protocol == "imap":
+        return {word: "" for line in listener.capabilities for word in line.split()}
     pairs = (line.partition(" ") for line in listener.capabilities)
     return {keyword.upper(): parameters for keyword, _, parameters in pairs}
 
@@ -722,9 +809,16 @@ _BALANCE = {"hash_client": "client", "hash_user": "user", "hash_domain": "domain
 
 
 def _pool_settings(pool: PoolModel) -> PoolSettings:
-    return PoolSettings(
+    return replace(
+        _server_settings(pool),
         servers=tuple((str(server.url), server.weight) for server in pool.servers),
         balance=_BALANCE.get(pool.balance, pool.balance),  # type: ignore[arg-type]
+    )
+
+
+def _server_settings(pool: ServerSettings) -> PoolSettings:
+    health = pool.health or Health()
+    return PoolSettings(
         max_connections=pool.max_connections,
         queue=pool.queue,
         queue_timeout=pool.queue_timeout,
@@ -738,13 +832,16 @@ def _pool_settings(pool: PoolModel) -> PoolSettings:
         reuse_transactions=pool.reuse.transactions if pool.reuse else 20,
         reuse_idle=pool.reuse.idle if pool.reuse else 30.0,
         assume=tuple(pool.capabilities.assume) if pool.capabilities else None,
+        allow_plaintext_login=pool.allow_plaintext_login,
+        hello=pool.hello,
         connect_timeout=pool.connect_timeout,
         greeting_timeout=pool.greeting_timeout,
         command_timeout=pool.command_timeout,
         data_done_timeout=pool.data_done_timeout,
-        health_interval=pool.health.interval,
-        health_timeout=pool.health.timeout,
-        health_fall=pool.health.fall,
-        health_rise=pool.health.rise,
-        slow_start=pool.health.slow_start,
+        health=pool.health is not None,
+        health_interval=health.interval,
+        health_timeout=health.timeout,
+        health_fall=health.fall,
+        health_rise=health.rise,
+        slow_start=health.slow_start,
     )

@@ -1,7 +1,8 @@
 """The answer of an auth_http server: nginx's protocol, which is header fields only, and what we read beyond it.
 
 Rules: nginx's ngx_mail_auth_http_module. The status line and the body say nothing. Of repeated fields the last
-counts, but no OK undoes an error text or WAIT.
+counts, but no OK undoes an error text or WAIT. An empty Auth-Status says nothing in SMTP, and in IMAP and POP3 it is an
+error without a text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ MAX_TEXT: Final = 400
 """Characters of an error text that are passed on."""
 
 _UNPRINTABLE: Final = re.compile(r"[^ -~]")
-_ERROR_CODE: Final = re.compile(r"([45])\d\d(?: \1\.\d{1,3}\.\d{1,3})?")
+ERROR_CODE: Final = re.compile(r"([45])\d\d(?: \1\.\d{1,3}\.\d{1,3})?")
+"""What stands in front of an error text: 4xx or 5xx, with an enhanced code of the same class or without."""
 _HOST: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9_])?\.?")
 
 
@@ -26,7 +28,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9_])?\.
 class Answer:
     """What an auth server said.
 
-    `error`: one line of printable ASCII for the client, None for OK and for `wait` (ask again). `seconds` is
+    `error`: one line of printable ASCII for the client, which may be empty; None for OK and for `wait` (ask again). `seconds` is
     Auth-Wait, 0 if there is none. `code`: Auth-Error-Code, a 4xx or 5xx with or without enhanced code, "" if it
     sent none that is valid. Where to go: `pool`, or `server` as `host:port`, `[v6]:port` or `unix:/path`, or
     neither. `user` and `password` override the client's; None and "" where it sent none.
@@ -42,8 +44,8 @@ class Answer:
     password: str | None = field(repr=False)
 
 
-def parse_answer(headers: Headers) -> Answer:
-    """Read the header fields of a response; names are in lower case.
+def parse_answer(headers: Headers, protocol: str = "smtp") -> Answer:
+    """Read the header fields of a response to a client of this protocol; names are in lower case.
 
     Raises `PeerError` for an upstream that is none, and for an answer that says nothing: without Auth-Status it must
     at least name an upstream, as nginx demands, or any error page would be a login.
@@ -57,7 +59,7 @@ def parse_answer(headers: Headers) -> Answer:
         text = found[name] = value.decode("utf-8", "surrogateescape")
         if name == "auth-status" and text == "WAIT":
             wait = True
-        elif name == "auth-status" and text not in ("", "OK"):
+        elif name == "auth-status" and text != "OK" and (text or protocol in ("imap", "pop3")):
             error = _UNPRINTABLE.sub("?", text)[:MAX_TEXT]
     accepted = error is None and not wait
     pool = found.get("auth-upstream", "") if accepted else ""
@@ -69,7 +71,7 @@ def parse_answer(headers: Headers) -> Answer:
         error=error,
         wait=wait and error is None,
         seconds=float(seconds) if seconds.isascii() and seconds.isdigit() and len(seconds) < 8 else 0.0,
-        code=code if _ERROR_CODE.fullmatch(code) else "",
+        code=code if ERROR_CODE.fullmatch(code) else "",
         pool=pool,
         server=server,
         user=found.get("auth-user", ""),

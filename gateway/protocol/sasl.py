@@ -7,22 +7,69 @@ share it. It ends in credentials, which somebody else verifies. Secrets never sh
 from __future__ import annotations
 
 import binascii
-import hmac
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from dataclasses import dataclass
+from typing import Final
 
 from gateway.protocol.errors import LocalError, PeerError
+from gateway.protocol.sasl_client import client_login, client_oauthbearer, client_plain, client_xoauth2
+from gateway.protocol.sasl_credentials import (
+    Certificate,
+    Credentials,
+    Digest,
+    Exchange,
+    Password,
+    Token,
+    verify_apop,
+    verify_cram_md5,
+)
+from gateway.protocol.sasl_messages import (
+    DIGEST,
+    apop_credentials,
+    malformed,
+    password,
+    read_bearer,
+    read_oauth_pairs,
+    read_saslname,
+    read_secret,
+    read_text,
+)
+from gateway.protocol.sasl_observer import Observer
+
+__all__ = [
+    "MAX_BASE64",
+    "MECHANISMS",
+    "PLAINTEXT",
+    "Certificate",
+    "Challenge",
+    "Credentials",
+    "Digest",
+    "Exchange",
+    "Observer",
+    "Password",
+    "ServerExchange",
+    "Token",
+    "apop_credentials",
+    "client_login",
+    "client_oauthbearer",
+    "client_plain",
+    "client_xoauth2",
+    "decode_base64",
+    "decode_initial",
+    "encode_base64",
+    "is_cancel",
+    "oauth_error",
+    "password",
+    "server",
+    "verify_apop",
+    "verify_cram_md5",
+]
 
 MAX_BASE64: Final = 12288
 """Bytes of a base64 line (RFC 4954 section 4)."""
 
-_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_DIGEST: Final = re.compile(rb"[0-9A-Fa-f]{32}")
-_BEARER: Final = re.compile(rb"bearer +([!-~]+)", re.IGNORECASE)
 _GS2: Final = re.compile(rb"[ny],(?:a=([^,\x00]+))?,")
-_SASLNAME_ESCAPE: Final = re.compile(rb"=(2C|3D)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,71 +77,6 @@ class Challenge:
     """What to send to the client, before base64; its decoded answer is the next step."""
 
     data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Password:
-    """User and password as the client typed them (PLAIN, LOGIN); `authzid` is whom it wants to act for, mostly ""."""
-
-    authzid: str
-    user: str
-    password: str = field(repr=False)
-    mechanism: str
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """A CRAM-MD5 answer: `digest` is 32 lower-case hexadecimal digits over `challenge`, keyed by the password."""
-
-    user: str
-    challenge: bytes
-    digest: str = field(repr=False)
-    mechanism: str = "CRAM-MD5"
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """An OAuth 2.0 bearer token; `user` is "" where OAUTHBEARER leaves it to the token."""
-
-    user: str
-    token: str = field(repr=False)
-    mechanism: str
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """EXTERNAL: the proof is the TLS client certificate; `authzid` is "" for "who the certificate says"."""
-
-    authzid: str
-    mechanism: str = "EXTERNAL"
-
-
-Credentials: TypeAlias = Password | Digest | Token | Certificate
-
-
-def _malformed(text: str) -> PeerError:
-    return PeerError(f"SASL: {text}", b"501 5.5.2 Cannot decode response")
-
-
-def _text(data: bytes, what: str, *, empty: bool = False) -> str:
-    """Return a name as text: UTF-8 without control characters, which would end up in logs and headers."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise _malformed(f"{what} is not UTF-8") from None
-    if _CONTROL.search(text) or not (text or empty):
-        raise _malformed(f"{what} is empty or has control characters")
-    return text
-
-
-def _secret(data: bytes) -> str:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        text = ""
-    if not text or "\0" in text:
-        raise _malformed("password is empty, not UTF-8 or has a NUL")
-    return text
 
 
 class ServerExchange(ABC):
@@ -120,9 +102,11 @@ class _Plain(ServerExchange):
             return Challenge(b"")
         parts = data.split(b"\0")
         if len(parts) != 3:
-            raise _malformed("PLAIN without exactly two NULs")
+            raise malformed("PLAIN without exactly two NULs")
         authzid, user, password = parts
-        return Password(_text(authzid, "authzid", empty=True), _text(user, "user name"), _secret(password), "PLAIN")
+        return Password(
+            read_text(authzid, "authzid", empty=True), read_text(user, "user name"), read_secret(password), "PLAIN"
+        )
 
 
 class _Login(ServerExchange):
@@ -137,9 +121,9 @@ class _Login(ServerExchange):
         if data is None:
             return Challenge(b"Username:")
         if self._user is None:
-            self._user = _text(data, "user name")
+            self._user = read_text(data, "user name")
             return Challenge(b"Password:")
-        return Password("", self._user, _secret(data), "LOGIN")
+        return Password("", self._user, read_secret(data), "LOGIN")
 
 
 class _CramMd5(ServerExchange):
@@ -159,9 +143,9 @@ class _CramMd5(ServerExchange):
             self._asked = True
             return Challenge(self._challenge)
         user, _, digest = (data or b"").rpartition(b" ")
-        if not _DIGEST.fullmatch(digest):
-            raise _malformed("CRAM-MD5 answer without digest")
-        return Digest(_text(user, "user name"), self._challenge, digest.decode().lower())
+        if not DIGEST.fullmatch(digest):
+            raise malformed("CRAM-MD5 answer without digest")
+        return Digest(read_text(user, "user name"), self._challenge, digest.decode().lower())
 
 
 class _External(ServerExchange):
@@ -172,7 +156,7 @@ class _External(ServerExchange):
     def step(self, data: bytes | None) -> Challenge | Credentials:
         if data is None:
             return Challenge(b"")
-        return Certificate(_text(data, "authzid", empty=True))
+        return Certificate(read_text(data, "authzid", empty=True))
 
 
 class _Xoauth2(ServerExchange):
@@ -183,8 +167,8 @@ class _Xoauth2(ServerExchange):
     def step(self, data: bytes | None) -> Challenge | Credentials:
         if data is None:
             return Challenge(b"")
-        pairs = _oauth_pairs(data)
-        return Token(_text(pairs.get(b"user", b""), "user name"), _bearer(pairs), "XOAUTH2")
+        pairs = read_oauth_pairs(data)
+        return Token(read_text(pairs.get(b"user", b""), "user name"), read_bearer(pairs), "XOAUTH2")
 
 
 class _OAuthBearer(ServerExchange):
@@ -198,39 +182,16 @@ class _OAuthBearer(ServerExchange):
         header, _, rest = data.partition(b"\x01")
         match = _GS2.fullmatch(header)
         if match is None:
-            raise _malformed("malformed GS2 header")
-        user = _text(_SASLNAME_ESCAPE.sub(_saslname_character, match[1] or b""), "user name", empty=True)
-        return Token(user, _bearer(_oauth_pairs(rest)), "OAUTHBEARER")
-
-
-def _saslname_character(match: re.Match[bytes]) -> bytes:
-    if match[1] is None:
-        raise _malformed("lone = in user name")
-    return b"," if match[1] == b"2C" else b"="
-
-
-def _oauth_pairs(data: bytes) -> dict[bytes, bytes]:
-    """Return the `key=value ^A` pairs of a message that a further ^A ends."""
-    if not data.endswith(b"\x01\x01"):
-        raise _malformed("OAuth message without its end")
-    pairs: dict[bytes, bytes] = {}
-    for pair in data[:-2].split(b"\x01"):
-        key, equals, value = pair.partition(b"=")
-        if not equals or not key.isalpha() or key in pairs:
-            raise _malformed("malformed OAuth message")
-        pairs[key] = value
-    return pairs
-
-
-def _bearer(pairs: dict[bytes, bytes]) -> str:
-    match = _BEARER.fullmatch(pairs.get(b"auth", b""))
-    if match is None:
-        raise _malformed("OAuth message without bearer token")
-    return match[1].decode()
+            raise malformed("malformed GS2 header")
+        user = read_text(read_saslname(match[1] or b""), "user name", empty=True)
+        return Token(user, read_bearer(read_oauth_pairs(rest)), "OAUTHBEARER")
 
 
 MECHANISMS: Final = ("PLAIN", "LOGIN", "CRAM-MD5", "EXTERNAL", "XOAUTH2", "OAUTHBEARER")
 """The mechanisms that `server` knows."""
+
+PLAINTEXT: Final = frozenset(("PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER"))
+"""The mechanisms in which the secret itself is sent."""
 
 _CLIENT_ONLY: Final[dict[str, type[ServerExchange]]] = {
     "PLAIN": _Plain,
@@ -270,9 +231,9 @@ def decode_base64(line: bytes, limit: int = MAX_BASE64) -> bytes:
     try:
         data = binascii.a2b_base64(line, strict_mode=True)
     except ValueError:
-        raise _malformed("not base64") from None
+        raise malformed("not base64") from None
     if binascii.b2a_base64(data, newline=False) != line:
-        raise _malformed("not canonical base64")
+        raise malformed("not canonical base64")
     return data
 
 
@@ -299,23 +260,3 @@ def oauth_error(mechanism: str) -> bytes:
             return b'{"status":"invalid_token","scope":"mail"}'
         case _:
             raise LocalError("only OAuth mechanisms have an error challenge")
-
-
-def client_plain(user: str, password: str, authzid: str = "") -> bytes:
-    """Return PLAIN's only message, before base64; raises `LocalError` for a NUL or an empty user name."""
-    if not user or "\0" in user + password + authzid:
-        raise LocalError("PLAIN cannot carry an empty user name or a NUL")
-    return f"{authzid}\0{user}\0{password}".encode()
-
-
-def client_login(user: str, password: str) -> tuple[bytes, bytes]:
-    """Return LOGIN's two answers, before base64: to whatever the first and the second challenge say."""
-    if not user:
-        raise LocalError("LOGIN cannot carry an empty user name")
-    return user.encode(), password.encode()
-
-
-def verify_cram_md5(password: str, challenge: bytes, digest: str) -> bool:
-    """Return whether `digest` (hexadecimal) was made with `password` over `challenge`, in constant time."""
-    expected = hmac.digest(password.encode(), challenge, "md5").hex()
-    return hmac.compare_digest(expected.encode(), digest.lower().encode())

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import secrets
 import socket
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +19,16 @@ from pathlib import Path
 import structlog
 
 from gateway.dns.resolver import Resolver
+from gateway.frontend.conversation import Conversation
+from gateway.frontend.imap import ImapConversation
+from gateway.frontend.pop3 import Pop3Conversation
 from gateway.frontend.served import Served
 from gateway.frontend.smtp import SmtpConversation
+from gateway.observe import logs
 from gateway.pipeline.compile import ListenerPlan, Plan
 from gateway.relay.spool import SpoolSpace
 from gateway.relay.wire import Wire
+from gateway.service.listening import StartError, bound, listen
 from gateway.session import Listener
 from gateway.sink.process import EmbeddedServer
 from gateway.stage import Stage
@@ -40,13 +43,16 @@ log = structlog.get_logger("gateway.worker")
 
 ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # no 0, O, 1, I: ids are read out on the telephone
 ID_LETTERS = ID_ALPHABET * 8  # a letter for each octet
-BACKLOG = 511
 LEARN_TIMEOUT = 5.0
 SWEEP_SECONDS = 1.0
 
 
-class StartError(Exception):
-    """The worker cannot start; the text says which listener, upstream or stage, and why."""
+CONVERSATIONS: dict[str, type[SmtpConversation] | type[ImapConversation] | type[Pop3Conversation]] = {
+    "smtp": SmtpConversation,
+    "lmtp": SmtpConversation,
+    "imap": ImapConversation,
+    "pop3": Pop3Conversation,
+}
 
 
 def new_id() -> str:
@@ -63,7 +69,13 @@ class StageWorker:
         self.loop = loop
         self.clock: Callable[[], float] = loop.time
         self.hostname = plan.hostname
-        self.resolver = Resolver(plan.resolvers or None)
+        self.resolver = Resolver(
+            plan.resolvers or None,
+            plan.resolver.timeout,
+            valid=plan.resolver.valid,
+            ipv4=plan.resolver.ipv4,
+            ipv6=plan.resolver.ipv6,
+        )
         self.log = structlog.get_logger("gateway.stage").bind(pipeline=plan.name)
 
 
@@ -75,7 +87,7 @@ class ServedPipeline:
         self.sockets: list[tuple[ListenerPlan, socket.socket]] = []
         self.servers: list[asyncio.Server] = []
         self.embedded: list[EmbeddedServer] = []
-        self.conversations: set[SmtpConversation] = set()
+        self.conversations: set[Conversation] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.health: list[Health] = []
         self.started: list[Stage] = []
@@ -85,12 +97,9 @@ class ServedPipeline:
     # -- start ----------------------------------------------------------------------------------------------
 
     def bind(self) -> None:
-        """Bind every listener; nothing is accepted yet. Raises StartError."""
+        """Bind every listener; nothing listens yet. Raises StartError."""
         for listener in self.plan.listeners:
-            try:
-                self.sockets.append((listener, _bound(listener)))
-            except OSError as error:
-                raise StartError(f"{listener.url}: cannot listen: {error.strerror or error}") from None
+            self.sockets += [(listener, sock) for sock in bound(listener)]
 
     async def prepare(self, store: Store, profiles: ProfileStore) -> None:
         """Embedded upstreams, pools, stages. Raises StartError."""
@@ -127,6 +136,13 @@ class ServedPipeline:
             always_hand_off=plan.always_hand_off,
             max_received=plan.max_received,
             end_of_data=plan.end_of_data,
+            replies=plan.replies,
+            disconnect_on=plan.disconnect_on,
+            bare_lf=plan.bare_lf,
+            unauthorized_pipelining=plan.unauthorized_pipelining,
+            helo_required=plan.helo_required,
+            pass_error_message=plan.pass_error_message,
+            hand_off_at_login=plan.hand_off_at_login,
         )
         for stage in plan.chain.stages:
             start = getattr(stage, "start", None)
@@ -139,6 +155,8 @@ class ServedPipeline:
                 ) from error
             self.started.append(stage)
         for pool in pools.values():
+            if not pool.settings.health:
+                continue
             self.health.append(
                 Health(
                     pool, hostname=plan.hostname, instance=self.served.instance, proxy_header=plan.sends_proxy_header
@@ -162,6 +180,7 @@ class ServedPipeline:
 
     async def learn(self) -> None:
         """Ask the upstreams what they announce, before the first greeting; those that are down may be so."""
+        logs.pipeline.set(self.plan.name)
         assert self.served is not None
         await asyncio.gather(*(learn(health, LEARN_TIMEOUT) for health in self.health))
         for health in self.health:
@@ -171,6 +190,7 @@ class ServedPipeline:
         """Open the doors."""
         loop = asyncio.get_running_loop()
         for plan, sock in self.sockets:
+            encrypts = plan.implicit_tls or plan.starttls
             listener = Listener(
                 plan.url,
                 name=plan.name,
@@ -178,7 +198,7 @@ class ServedPipeline:
                 implicit_tls=plan.implicit_tls,
                 proxy_protocol=plan.proxy_protocol,
                 login_required=self.plan.auth_required,
-                tls=plan.tls or self.plan.tls,
+                tls=plan.tls if encrypts else None,
                 capabilities=plan.capabilities,
             )
 
@@ -186,32 +206,33 @@ class ServedPipeline:
                 return Wire(loop, lambda wire: self._connected(wire, listener))
 
             self.servers.append(
-                await loop.create_server(factory, sock=sock, backlog=BACKLOG)
+                await loop.create_server(factory, sock=sock, backlog=plan.backlog)
                 if sock.family != socket.AF_UNIX
-                else await loop.create_unix_server(factory, sock=sock, backlog=BACKLOG)
+                else await loop.create_unix_server(factory, sock=sock, backlog=plan.backlog)
             )
 
     def _connected(self, wire: Wire, listener: Listener) -> None:
         assert self.served is not None
-        conversation = SmtpConversation(wire, self.served, listener)
+        conversation = CONVERSATIONS[listener.protocol](wire, self.served, listener)
         self.served.sessions += 1
         task = asyncio.get_running_loop().create_task(conversation.run())
         self.conversations.add(conversation)
         self.tasks.add(task)
         task.add_done_callback(lambda done: self._over(done, conversation))
 
-    def _over(self, task: asyncio.Task[None], conversation: SmtpConversation) -> None:
+    def _over(self, task: asyncio.Task[None], conversation: Conversation) -> None:
         assert self.served is not None
         self.served.sessions -= 1
         self.tasks.discard(task)
         self.conversations.discard(conversation)
         if not task.cancelled() and task.exception() is not None:
-            log.error("internal_error", error=repr(task.exception()))
+            log.error("internal_error", pipeline=self.plan.name, error=repr(task.exception()))
 
     # -- stop -----------------------------------------------------------------------------------------------
 
     async def stop(self, grace: float) -> None:
         """Stop accepting, let sessions finish their transaction, close the rest after `grace` seconds."""
+        logs.pipeline.set(self.plan.name)
         for server in self.servers:
             server.close()
         if self.served is not None:
@@ -266,6 +287,7 @@ class Worker:
         try:
             for pipeline in self.pipelines:
                 pipeline.bind()
+            listen(pair for pipeline in self.pipelines for pair in pipeline.sockets)
             for pipeline in self.pipelines:
                 await pipeline.prepare(store, self.profiles)
             await asyncio.gather(*(pipeline.learn() for pipeline in self.pipelines))
@@ -279,7 +301,7 @@ class Worker:
             log.info(
                 "start",
                 pipeline=pipeline.plan.name,
-                listen=[plan.url for plan, _ in pipeline.sockets],
+                listen=[listener.url for listener in pipeline.plan.listeners],
                 grade=pipeline.plan.grade,
                 stages=[stage.id for stage in pipeline.plan.chain.stages],
             )
@@ -288,31 +310,3 @@ class Worker:
         """Stop every pipeline."""
         await asyncio.gather(*(pipeline.stop(grace) for pipeline in self.pipelines))
         log.info("stop")
-
-
-def _bound(listener: ListenerPlan) -> socket.socket:
-    if listener.path:
-        if os.path.exists(listener.path) and stat.S_ISSOCK(os.stat(listener.path).st_mode):
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(listener.path) == errno.ECONNREFUSED:
-                    os.unlink(listener.path)  # left behind by a process that is gone
-        sock = socket.socket(socket.AF_UNIX)
-        address: str | tuple[str, int] = listener.path
-    else:
-        family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
-        if not listener.host:
-            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        sock = socket.socket(family)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted connections inherit it
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if not listener.host else 1)
-        address = (listener.host, listener.port)
-    try:
-        sock.setblocking(False)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

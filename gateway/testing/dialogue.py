@@ -8,7 +8,8 @@ A transcript is a YAML head (the pipeline's keys, and `play:` for the player), a
     S= 250                           the client reads a whole reply with this code, whatever its lines say
     U< MAIL FROM:<a@example.org>     the upstream reads this line
     U> 250 2.1.0 Ok                  the upstream says this line (bytes, if it is a literal)
-    U= ready                         the upstream gets a connection, says 220 and answers EHLO (`play.ehlo`)
+    U= ready                         the upstream gets a connection, says 220 and answers EHLO (`play.ehlo`); an IMAP or
+                                     POP3 one only greets
     U= connect | close | reset       ... gets a connection; closes; resets it
     U= closed                        ... sees the gateway close
     U= abandoned                     ... sees it close in the middle of content, without an end of data
@@ -16,6 +17,7 @@ A transcript is a YAML head (the pipeline's keys, and `play:` for the player), a
     C= close | reset | half          the client closes, resets, shuts down its sending side
     C= starttls                      the client's TLS handshake
     C= cram-md5 USER PASSWORD        the client answers the challenge (334) that it read last
+    C= apop USER PASSWORD            the client says APOP to the timestamp in the line that it read last
     S= closed                        the client sees the end of the connection, and closes too
     S= quiet                         the gateway has said nothing (checked at the next thing it says)
     G= stop                          the gateway is told to stop
@@ -26,8 +28,8 @@ A transcript is a YAML head (the pipeline's keys, and `play:` for the player), a
 `play:` takes `ehlo` (what the upstreams announce), `assume` (what the gateway believes that they announce), `modes`
 (of MODES; default plain and bytes), `tls: true` (a certificate for STARTTLS), `source` (client address, 127.0.0.x),
 `preface` (what goes before everything, TLS too: a literal), `certificate: true` (the client has one), `client: lmtp`
-and `upstream: lmtp` (or `{V: lmtp}`: a single one) for who speaks LMTP. Every wait has a limit; a mismatch prints what
-was played and what came instead; a script must be played to its end.
+and `upstream: lmtp` (or `{V: lmtp}`: a single one) for who speaks LMTP, `client: imap` or `pop3` for stores.
+Every wait has a limit; a mismatch prints what was played and what came instead; a script must be played to its end.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import asyncio
 import base64
 import contextlib
 import fnmatch
+import hashlib
 import hmac
 import re
 import socket
@@ -51,6 +54,9 @@ import yaml
 LIMIT = 10.0
 MODES = ("plain", "bytes", "starttls", "tls", "asyncio")
 """In clear; each octet written by itself; under STARTTLS; under implicit TLS; in clear on asyncio's own loop."""
+
+GREETINGS = {"imap": b"* OK upstream.test ready\r\n", "pop3": b"+OK upstream.test ready\r\n"}
+"""What a store's upstream says first."""
 
 _BASE64 = re.compile(r"\{base64:(.*?)\}")
 
@@ -87,7 +93,8 @@ class Transcript:
 
     def protocol(self, who: str) -> str:
         """What the client (`C`) or an upstream (`U`, `V`) speaks: smtp or lmtp."""
-        spoken = self.play.get("client" if who == "C" else "upstream", "smtp")
+        client = self.play.get("client", "smtp")
+        spoken = client if who == "C" else self.play.get("upstream", client if client in ("imap", "pop3") else "smtp")
         return str(spoken.get(who, "smtp") if isinstance(spoken, Mapping) else spoken)
 
 
@@ -246,9 +253,13 @@ class Player:
             case "C", "starttls":
                 await self.writer.start_tls(self.context)
             case "C", "cram-md5", user, password:
-                challenge = base64.b64decode(self.last.removeprefix(b"334 "))
+                challenge = base64.b64decode(self.last.removeprefix(b"334 ").removeprefix(b"+ "))
                 digest = hmac.digest(password.encode(), challenge, "md5").hex()
                 await self._send(base64.b64encode(f"{user} {digest}".encode()) + b"\r\n")
+            case "C", "apop", user, password:
+                timestamp = self.last[self.last.rindex(b"<") :].strip()
+                digest = hashlib.md5(timestamp + password.encode(), usedforsecurity=False).hexdigest()
+                await self._send(f"APOP {user} {digest}\r\n".encode())
             case "S", "closed":
                 self._expect_end(step, await _rest(self.reader))
                 self.writer.close()
@@ -293,6 +304,10 @@ class Player:
 
     async def _upstream_ready(self, step: Step, upstream: Upstream) -> None:
         upstream.reader, upstream.writer = await upstream.queue.get()
+        protocol = self.transcript.protocol(step.who)
+        if protocol in GREETINGS:
+            upstream.writer.write(GREETINGS[protocol])
+            return
         upstream.writer.write(b"220 upstream.test ESMTP\r\n")
         hello = _hello(self.transcript.protocol(step.who))
         self._expect(Step(step.who, "<", f"{hello} *", step.line), await upstream.reader.readline(), step.who)
@@ -310,8 +325,16 @@ class Player:
 
     async def _start_tls(self) -> None:
         """Greeting, EHLO, STARTTLS and the handshake, which the script does not show."""
+        protocol = self.transcript.protocol("C")
         async with asyncio.timeout(LIMIT):
             await self.reader.readline()
+            if protocol in GREETINGS:
+                self.writer.write(b"t0 STARTTLS\r\n" if protocol == "imap" else b"STLS\r\n")
+                answer = await self.reader.readline()
+                if not answer.startswith((b"t0 OK", b"+OK")):
+                    raise DialogueError(f"STARTTLS: {answer!r}")
+                await self.writer.start_tls(self.context)
+                return
             self.writer.write(f"{_hello(self.transcript.protocol('C'))} starttls.test\r\n".encode())
             while (await self.reader.readline())[3:4] == b"-":
                 pass

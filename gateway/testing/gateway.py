@@ -19,6 +19,7 @@ import yaml
 from gateway.config.load import load
 from gateway.pipeline.compile import Plan, compile_pipeline
 from gateway.pipeline.registry import Registry
+from gateway.service.listening import listen
 from gateway.service.worker import ServedPipeline, StageWorker
 from gateway.stage import Stage
 from gateway.state.memory import MemoryStore
@@ -80,6 +81,7 @@ async def running(
         served = ServedPipeline(plan)
         try:
             served.bind()
+            listen(served.sockets)
             await served.prepare(MemoryStore(asyncio.get_running_loop().time), ProfileStore(None))
             if learn:
                 await served.learn()

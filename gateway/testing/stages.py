@@ -27,9 +27,10 @@ from gateway.pipeline.registry import new_manager, register
 from gateway.protocol.sasl import Credentials
 from gateway.relay.tls import TlsInfo
 from gateway.session import Listener, Recipient, Session, Transaction
-from gateway.stage import Stage
+from gateway.stage import Peer, Stage
 from gateway.state.memory import MemoryStore
 from gateway.state.store import Store
+from gateway.verdicts import Cause, Refuse
 
 S = TypeVar("S", bound=Stage)
 T = TypeVar("T")
@@ -133,12 +134,22 @@ class FakeWorker:
 class FakeAttempt:
     """One AUTH: its credentials, and the client's answers to the challenges a stage may send.
 
-    `challenges` keeps what was sent. A challenge without an answer left raises IndexError.
+    `challenges` keeps what was sent. A challenge without an answer left raises IndexError. `upstream` is what
+    `open_upstream` gives: a `ScriptedPeer`, or (the default) a refusal, as if none were there.
     """
 
-    def __init__(self, credentials: Credentials, answers: Iterable[bytes] = (), *, number: int = 1) -> None:
+    def __init__(
+        self,
+        credentials: Credentials,
+        answers: Iterable[bytes] = (),
+        *,
+        number: int = 1,
+        upstream: Peer | Refuse | None = None,
+    ) -> None:
+        self._upstream = upstream or Refuse(Cause.UPSTREAM_DOWN)
         self._credentials = credentials
         self._number = number
+        self.user: str = getattr(credentials, "user", "")
         self._answers = list(answers)
         self.challenges: list[bytes] = []
 
@@ -154,6 +165,10 @@ class FakeAttempt:
         """Keep the challenge, give the next answer."""
         self.challenges.append(data)
         return self._answers.pop(0)
+
+    async def open_upstream(self) -> Peer | Refuse:
+        """The upstream that was given."""
+        return self._upstream
 
 
 _numbers = iter(range(1, 1_000_000_000))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gateway.upstream.dial import tls_context
 from gateway.upstream.profile import ProfileStore, parse_keywords, shared_keywords
-from gateway.upstream.server import Server
+from gateway.upstream.server import Server, parse_server
 
 if TYPE_CHECKING:
     from gateway.protocol.smtp import Ehlo
@@ -40,9 +40,10 @@ class PoolSettings:
     `servers` are URLs and weights. `balance`: in turn by weight, fewest connections for its weight, or the same
     server for the same client address, user or domain. `max_connections` holds per server, `queue` for sessions
     that wait for one. `source` is the local address to connect from. `assume` replaces what the servers announce
-    (`("SIZE 10000000", "8BITMIME")`). `greeting_timeout` covers each of TLS, greeting and EHLO. `health_fall`
-    failures of the active check in a row take a server out, `health_rise` successes bring it back; what comes back
-    has its full share after `slow_start`.
+    (`("SIZE 10000000", "8BITMIME")`); stores are then not asked. `greeting_timeout` covers each of TLS, greeting and
+    EHLO. Without `health` servers are not asked at the start nor watched. `health_fall` failures of the active check in
+    a row take a server out, `health_rise` successes bring it back; what comes back has its full share after
+    `slow_start`. `allow_plaintext_login` lets passwords pass in clear text over the network.
     """
 
     servers: tuple[tuple[str, int], ...] = ()
@@ -64,6 +65,9 @@ class PoolSettings:
     greeting_timeout: float = 30.0
     command_timeout: float = 300.0
     data_done_timeout: float = 600.0  # RFC 5321 4.5.3.2.6: clients wait ten minutes for the end of data
+    allow_plaintext_login: bool = False
+    hello: Literal["ehlo", "as_client"] = "ehlo"
+    health: bool = True
     health_interval: float = 30.0
     health_timeout: float = 5.0
     health_fall: int = 3
@@ -110,6 +114,9 @@ class Pool:
         self.name = name
         self.settings = settings
         self.servers = [Server(url, weight) for url, weight in settings.servers]
+        self.protocol = self.servers[0].protocol
+        if any(server.protocol != self.protocol for server in self.servers):
+            raise ValueError(f"pool {name}: its servers speak different protocols")
         for server in self.servers:
             verified = settings.verify and (server.implicit_tls or settings.tls == "required")
             if verified and server.target.path and settings.server_name is None:
@@ -296,8 +303,8 @@ class Pool:
     # --- what the servers announce
 
     def learned(self, server: Server, ehlo: Ehlo) -> None:
-        """The server's EHLO in the gateway's own state: after TLS, before it speaks for a client."""
-        if server.ehlo is not None and server.ehlo.keywords == ehlo.keywords:
+        """The server's EHLO or capabilities in the gateway's own state: after TLS, before it speaks for a client."""
+        if self._assumed is not None or (server.ehlo is not None and server.ehlo.keywords == ehlo.keywords):
             return
         server.ehlo = ehlo
         if self._store is not None:
@@ -359,37 +366,39 @@ class Pools(dict[str, Pool]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(pools)
-        self._dynamic: OrderedDict[str, Pool] = OrderedDict()
+        self._dynamic: OrderedDict[tuple[str, str], Pool] = OrderedDict()
         self._settings = dynamic or PoolSettings()
         self._clock = clock
 
-    def server(self, url: str) -> Pool:
-        """The pool of one for this server, made at first use.
+    def server(self, url: str, protocol: str = "smtp") -> Pool:
+        """The pool of one for this server, made at first use; a bare address is that of a server of `protocol`.
 
         A server that a named pool lists too gets that pool's settings, so that naming it does not lose the TLS
         asked for. Raises ValueError for a URL that is none.
         """
-        pool = self._dynamic.get(url)
+        key = (url, protocol)
+        pool = self._dynamic.get(key)
         if pool is not None:
-            self._dynamic.move_to_end(url)
+            self._dynamic.move_to_end(key)
             return pool
-        address = Server(url).url
-        settings = next(
-            (pool.settings for pool in self.values() for server in pool.servers if server.url == address),
-            self._settings,
-        )
+        target = parse_server(url, protocol)
+        settings, address = self._settings, str(target)
+        for known in self.values():
+            for server in known.servers:
+                if server.url == address or (server.target.same_place(target) and "://" not in url):
+                    settings, address = known.settings, server.url
         pool = Pool(address, replace(settings, servers=((address, 1),)), clock=self._clock)
-        self._dynamic[url] = pool
+        self._dynamic[key] = pool
         if len(self._dynamic) > DYNAMIC_POOLS:
             self._forget_one()
         return pool
 
     def _forget_one(self) -> None:
         """Drop the one not asked for longest that nothing uses; sessions keep theirs anyway."""
-        for url, pool in self._dynamic.items():
+        for key, pool in self._dynamic.items():
             if all(server.active == 0 for server in pool.servers):
                 pool.close_idle()
-                del self._dynamic[url]
+                del self._dynamic[key]
                 return
 
     def close_idle(self) -> None:

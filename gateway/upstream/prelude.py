@@ -1,6 +1,7 @@
 """Opening the upstream for a session, and what happens to the connection after it.
 
-In this order: a server of the pool, PROXY header, TLS or greeting + STARTTLS, EHLO (`dial`), XCLIENT, AUTH. A server
+In this order: a server of the pool, PROXY header, TLS or greeting + STARTTLS, EHLO (`dial`), XCLIENT, AUTH; at a mail
+store somebody must be logged in then (`store_login`). A server
 that cannot be reached, is busy or breaks off is replaced by another one; a stage's word is final. Where the pool
 allows reuse, connections that spoke for nobody wait for the next session.
 """
@@ -9,13 +10,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import structlog
 
+from gateway.upstream.connection import UpstreamConnection, UpstreamError
 from gateway.upstream.dial import ClientRefused, LoopDetected, dial
 from gateway.upstream.pool import Pool, PoolBusy, PoolDown
-from gateway.upstream.smtp import Connection, UpstreamError
+from gateway.upstream.smtp import Connection
+from gateway.upstream.store import StoreConnection
+from gateway.upstream.store_login import log_in
 from gateway.verdicts import Cause, Refuse
 
 if TYPE_CHECKING:
@@ -25,6 +30,11 @@ if TYPE_CHECKING:
     from gateway.upstream.server import Server
 
 log = structlog.get_logger("gateway.upstream")
+
+ErrorMessages = Literal["auto", "always", "never"]
+"""When a client reads a server's own words in place of ours (`pass_error_message` of splice)."""
+
+_LOGIN = (Cause.AUTH_FAILED, Cause.LOGIN_REFUSED, Cause.AUTH_UNAVAILABLE)
 
 Hooks = tuple[tuple["Stage", Callable[..., object]], ...]
 
@@ -57,12 +67,18 @@ async def open_upstream(
     instance: str = "",
     exclude: Collection[Server] = (),
     transcript: Transcript | None = None,
-) -> Connection | Refuse:
-    """A connection on which MAIL can be said for this session, or the refusal for its client.
+    pass_error_message: ErrorMessages = "auto",
+    login: bool = True,
+) -> UpstreamConnection | Refuse:
+    """A connection on which MAIL can be said for this session, or the client is logged in; or the client's refusal.
 
     `hostname` goes into EHLO; `instance` is in our own greetings and nobody else's. `exclude` are servers to avoid
-    while the pool has others. Never raises but for cancellation; then nothing stays open.
+    while the pool has others. `pass_error_message`: whether the server's refusals are the client's replies, see
+    `_worded`.
+    `login=False`: nobody logs in here (AUTH is relayed later). Never raises but for cancellation; then nothing stays
+    open.
     """
+    opening = _Opening(session, pool, hooks, hostname, instance, transcript, login)
     tried = set() if all(server in exclude for server in pool.servers) else set(exclude)
     failures: list[UpstreamError] = []
     while True:
@@ -71,9 +87,10 @@ async def open_upstream(
         except PoolBusy as busy:
             return Refuse(Cause.UPSTREAM_BUSY, log=_reasons(failures, str(busy)))
         except PoolDown as down:
-            return _nobody_left(failures, str(down))
+            return _worded(_nobody_left(failures, str(down)), pass_error_message)
         try:
-            return await _open_on(server, session, pool, hooks, hostname, instance, transcript)
+            opened = await _open_on(server, opening)
+            return _worded(opened, pass_error_message) if isinstance(opened, Refuse) else opened
         except LoopDetected as loop:
             return Refuse(Cause.LOOP, temporary=True, log=str(loop))
         except UpstreamError as error:
@@ -85,40 +102,66 @@ def _nobody_left(failures: list[UpstreamError], text: str) -> Refuse:
     if not failures:
         return Refuse(Cause.UPSTREAM_DOWN, log=text)
     busy = all(failure.kind == "busy" for failure in failures)
-    return Refuse(Cause.UPSTREAM_BUSY if busy else Cause.UPSTREAM_DOWN, log=_reasons(failures))
+    cause = Cause.UPSTREAM_BUSY if busy else Cause.UPSTREAM_DOWN
+    return Refuse(cause, reply=failures[-1].reply, log=_reasons(failures))
+
+
+def _worded(refuse: Refuse, messages: ErrorMessages) -> Refuse:
+    """The refusal with the server's words or without.
+
+    `auto`: with them only where they judge the client (architecture, "Replies"). `always` and `never` are nginx's
+    proxy_pass_error_message: any refusal, and none; what is not about the login is then an outage in either case.
+    """
+    login = refuse.cause in _LOGIN
+    if refuse.reply is None:
+        return refuse
+    if messages == "auto":
+        judged = not login and refuse.cause not in (
+            Cause.UPSTREAM_DOWN, Cause.UPSTREAM_BUSY, Cause.UPSTREAM_MISCONFIGURED
+        )  # fmt: skip
+        return refuse if judged else replace(refuse, reply=None)
+    cause = refuse.cause if login else Cause.UPSTREAM_DOWN
+    if cause is Cause.AUTH_FAILED:
+        cause = Cause.LOGIN_REFUSED
+    return replace(refuse, cause=cause, reply=refuse.reply if messages == "always" else None)
 
 
 def _reasons(failures: list[UpstreamError], last: str = "") -> str:
     return "; ".join([*map(str, failures), *filter(None, [last])])
 
 
-async def _open_on(
-    server: Server,
-    session: Session,
-    pool: Pool,
-    hooks: UpstreamHooks,
-    hostname: str,
-    instance: str,
-    transcript: Transcript | None,
-) -> Connection | Refuse:
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What `open_upstream` was asked."""
+
+    session: Session
+    pool: Pool
+    hooks: UpstreamHooks
+    hostname: str
+    instance: str
+    transcript: Transcript | None
+    login: bool
+
+
+async def _open_on(server: Server, opening: _Opening) -> UpstreamConnection | Refuse:
     """The prelude on one server, whose place in the pool we hold. Raises UpstreamError if another may do better."""
+    pool, hooks = opening.pool, opening.hooks
     while True:
         # A PROXY header goes in front of everything, so that a used connection cannot take it.
-        connection = None if hooks.upstream_connect else _take_idle(server, pool)
+        connection: UpstreamConnection | None = None if hooks.upstream_connect else _take_idle(server, pool)
         reused = connection is not None
         if connection is None:
             _make_room(server, pool)
-            opened = await _open_new(server, session, pool, hooks, hostname, instance, transcript)
+            opened = await _open_new(server, opening)
             if isinstance(opened, Refuse):
                 return opened
             connection = opened
         connection.pool = pool
-        connection.transcript = transcript
+        connection.transcript = opening.transcript
+        connection.client_tag = opening.session.tag
         connection.on_end = lambda: pool.release(server)
         try:
-            refuse = await _ask(hooks.upstream_ready, "upstream_ready", session, connection)
-            if refuse is None:
-                refuse = await _ask(hooks.upstream_login, "upstream_login", session, connection)
+            refuse = await _introduce(connection, opening)
         except UpstreamError:
             if not reused:
                 connection.abort()
@@ -138,18 +181,22 @@ async def _open_on(
         return connection
 
 
-async def _open_new(
-    server: Server,
-    session: Session,
-    pool: Pool,
-    hooks: UpstreamHooks,
-    hostname: str,
-    instance: str,
-    transcript: Transcript | None,
-) -> Connection | Refuse:
-    """Dial, tell the pool how that went; the place in the pool is given back unless there is a connection."""
+async def _introduce(connection: UpstreamConnection, opening: _Opening) -> Refuse | None:
+    """Tell the server who the client is, and log in. Raises UpstreamError."""
+    session, hooks = opening.session, opening.hooks
+    refuse = await _ask(hooks.upstream_ready, "upstream_ready", session, connection)
+    if refuse is None and opening.login:
+        refuse = await _ask(hooks.upstream_login, "upstream_login", session, connection)
+        if refuse is None and isinstance(connection, StoreConnection) and not connection.logged_in:
+            refuse = await log_in(session, connection)
+    return refuse
 
-    def preface(connection: Connection) -> None:
+
+async def _open_new(server: Server, opening: _Opening) -> UpstreamConnection | Refuse:
+    """Dial, tell the pool how that went; the place in the pool is given back unless there is a connection."""
+    session, pool, hooks = opening.session, opening.pool, opening.hooks
+
+    def preface(connection: UpstreamConnection) -> None:
         _ask_connect(hooks.upstream_connect, session, connection)
 
     opened = None
@@ -157,10 +204,11 @@ async def _open_new(
         opened = await dial(
             server,
             pool.settings,
-            hostname=hostname,
-            instance=instance,
+            hostname=opening.hostname,
+            instance=opening.instance,
             preface=preface if hooks.upstream_connect else None,
-            transcript=transcript,
+            transcript=opening.transcript,
+            esmtp=session.esmtp,
         )
         pool.succeeded(server)
         if opened.ehlo is not None:
@@ -181,7 +229,7 @@ async def _open_new(
             pool.release(server)
 
 
-def _ask_connect(hooks: Hooks, session: Session, connection: Connection) -> None:
+def _ask_connect(hooks: Hooks, session: Session, connection: UpstreamConnection) -> None:
     """The plain functions of `upstream_connect`. Raises _Refused."""
     for stage, hook in hooks:
         try:
@@ -193,7 +241,7 @@ def _ask_connect(hooks: Hooks, session: Session, connection: Connection) -> None
             raise _Refused(refuse)
 
 
-async def _ask(hooks: Hooks, phase: str, session: Session, connection: Connection) -> Refuse | None:
+async def _ask(hooks: Hooks, phase: str, session: Session, connection: UpstreamConnection) -> Refuse | None:
     """Each stage in turn until one refuses; a stage that raises has refused. Raises UpstreamError as it is."""
     for stage, hook in hooks:
         try:
@@ -230,15 +278,17 @@ def stage_failed(stage: Stage, phase: str, session: Session, error: Exception) -
 # --- reuse
 
 
-def give_back(connection: Connection, ok: bool = True) -> None:
+def give_back(connection: UpstreamConnection, ok: bool = True) -> None:
     """The session needs this connection no more: keep it for another one where that is safe, else say QUIT.
 
     Kept are connections of a pool with `reuse`, in step, that spoke for no client, got no 4xx or 5xx and have
-    carried less than `reuse_transactions` messages, for `reuse_idle` seconds. `ok=False` ends it in any case.
+    carried less than `reuse_transactions` messages, for `reuse_idle` seconds; those of mail stores never. `ok=False`
+    ends it in any case.
     """
     pool = connection.pool
     if (
         not ok
+        or not isinstance(connection, Connection)
         or pool is None
         or not pool.settings.reuse
         or not connection.reusable

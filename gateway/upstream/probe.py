@@ -1,7 +1,8 @@
 """Asking the servers without a client: what they announce, before the first greeting, and how they do, all the time.
 
-A probe speaks SMTP up to EHLO or LMTP up to LHLO (behind TLS as the pool has it) and says QUIT, so that the server
-sees nothing odd in its log. Only what a probe itself met counts; a 421 is the answer of a server that is well but busy.
+A probe goes as far as EHLO, LHLO, CAPABILITY or CAPA (behind TLS as the pool has it) and says QUIT or LOGOUT, so that
+the server sees nothing odd in its log. Only what a probe itself met counts; a 421 is the answer of a server that is
+well but busy.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.protocol.proxy_header import encode_v2_local
-from gateway.upstream.dial import dial
-from gateway.upstream.smtp import Connection, UpstreamError
+from gateway.protocol.smtp import Ehlo
+from gateway.upstream.connection import UpstreamConnection, UpstreamError
+from gateway.upstream.dial import FIRST_QUESTION, dial
 
 if TYPE_CHECKING:
-    from gateway.protocol.smtp import Ehlo, Reply
+    from gateway.protocol.smtp import Reply
     from gateway.relay.tls import TlsInfo
     from gateway.upstream.pool import Pool, PoolSettings
     from gateway.upstream.server import Server
@@ -33,7 +35,7 @@ LEARN_PAUSE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a probe found: greeting, the last EHLO, and TLS if there is."""
+    """What a probe found: greeting, the last EHLO (a store's capabilities, or those assumed), and TLS if there is."""
 
     greeting: Reply
     ehlo: Ehlo
@@ -65,14 +67,15 @@ async def probe_server(
                 preface=_local_header if proxy_header else None,
             )
     except TimeoutError:
-        raise UpstreamError("timeout", server.url, f"no EHLO within {seconds:g}s") from None
+        question = FIRST_QUESTION[server.protocol]
+        raise UpstreamError("timeout", server.url, f"no {question} within {seconds:g}s") from None
     greeting, ehlo, tls = connection.greeting, connection.ehlo, connection.wire.tls
     connection.end_quietly()
-    assert greeting is not None and ehlo is not None  # or dial had raised
-    return Profile(greeting, ehlo, tls)
+    assert greeting is not None  # or dial had raised
+    return Profile(greeting, ehlo or Ehlo("", connection.extensions), tls)
 
 
-def _local_header(connection: Connection) -> None:
+def _local_header(connection: UpstreamConnection) -> None:
     connection.wire.write(encode_v2_local())
 
 
@@ -106,7 +109,9 @@ class Health:
         pool.learner = self.learn
 
     def start(self) -> None:
-        """Begin to watch every server of the pool."""
+        """Begin to watch every server of the pool, if the pool says so."""
+        if not self.pool.settings.health:
+            return
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._watch(server)) for server in self.pool.servers]
 
@@ -187,6 +192,10 @@ class Health:
 
 
 async def learn(health: Health, timeout: float) -> bool:
-    """The first round, before the listeners open: whether anything is known of the pool's servers now."""
-    await health.learn(timeout)
+    """The first round, before the listeners open: whether anything is known of the pool's servers now.
+
+    Servers of a pool without health checks are not asked before a session needs them.
+    """
+    if health.pool.settings.health:
+        await health.learn(timeout)
     return health.pool.profile() is not None

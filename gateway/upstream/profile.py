@@ -15,13 +15,21 @@ import structlog
 
 log = structlog.get_logger("gateway.upstream")
 
+INDIVISIBLE = ("EXPIRE", "LOGIN-DELAY", "IMPLEMENTATION")
+
 
 def parse_keywords(lines: Iterable[str]) -> dict[str, str]:
-    """`SIZE 10000000` and the like to keyword (upper case) and parameters."""
-    keywords = {}
+    """`SIZE 10000000` and the like to keyword (upper case) and parameters.
+
+    `AUTH=PLAIN`, as IMAP writes it, is one more word of AUTH.
+    """
+    keywords: dict[str, str] = {}
     for line in lines:
         keyword, _, parameters = line.strip().partition(" ")
-        if keyword:
+        name, equals, word = keyword.upper().partition("=")
+        if equals and name == "AUTH":
+            keywords["AUTH"] = f"{keywords.get('AUTH', '')} {word} {parameters.upper()}".strip()
+        elif keyword:
             keywords[keyword.upper()] = parameters.strip()
     return keywords
 
@@ -30,7 +38,8 @@ def shared_keywords(profiles: Sequence[Mapping[str, str]]) -> dict[str, str] | N
     """The keywords all profiles have, with parameters that hold for each; None of none.
 
     SIZE is the smallest (0 and none mean no limit, RFC 1870 4), LIMITS the smallest of any server that has some
-    (RFC 9422: a limit not announced is no limit), others (AUTH) the words that all have.
+    (RFC 9422: a limit not announced is no limit), others (AUTH, POP3's SASL) the words that all have. What POP3 says
+    in one piece (EXPIRE, LOGIN-DELAY, IMPLEMENTATION) holds only if all say the same.
     """
     if not profiles:
         return None
@@ -38,11 +47,14 @@ def shared_keywords(profiles: Sequence[Mapping[str, str]]) -> dict[str, str] | N
     shared = {
         keyword: _shared_parameters(keyword, [profile[keyword] for profile in profiles])
         for keyword in first
-        if keyword != "LIMITS" and all(keyword in other for other in others)
+        if keyword != "LIMITS"
+        and all(keyword in other for other in others)
+        and (keyword not in INDIVISIBLE or all(first[keyword] == other[keyword] for other in others))
     }
     # AUTH without a mechanism is no AUTH; other keywords may stand alone.
-    if shared.get("AUTH") == "":
-        del shared["AUTH"]
+    for keyword in ("AUTH", "SASL"):
+        if shared.get(keyword) == "":
+            del shared[keyword]
     limits = _smallest_limits(profile.get("LIMITS", "") for profile in profiles)
     if limits:
         shared["LIMITS"] = limits

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Address = tuple[str, int] | str
 """Numeric host and port, or the path of a unix socket."""
 
-DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
+DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24, "imap": 143, "imaps": 993, "pop3": 110, "pop3s": 995}
+IMPLICIT_TLS = ("smtps", "imaps", "pop3s")
 FRESH_SECONDS = 60.0
 STALE_SECONDS = 600.0
 RETRY_SECONDS = 5.0
@@ -34,6 +35,15 @@ class Target:
     port: int
     path: str
 
+    @property
+    def protocol(self) -> str:
+        """smtp, lmtp, imap or pop3: what is spoken there, whatever it is wrapped in."""
+        return self.scheme.removesuffix("s") if self.scheme in IMPLICIT_TLS else self.scheme
+
+    def same_place(self, other: Target) -> bool:
+        """Whether both are one address, and its server speaks one protocol, with TLS from the start or not."""
+        return (self.protocol, self.host, self.port, self.path) == (other.protocol, other.host, other.port, other.path)
+
     def __str__(self) -> str:
         if self.path:
             return f"{self.scheme}+unix:{self.path}"
@@ -41,22 +51,23 @@ class Target:
         return f"{self.scheme}://{host}:{self.port}"
 
 
-def parse_server(url: str) -> Target:
-    """Read `smtp://host[:port]`, `smtps://...`, `lmtp://...`, `[lmtp+]unix:/path` or a bare `host[:port]`.
+def parse_server(url: str, default_scheme: str = "smtp") -> Target:
+    """Read `smtp://host[:port]`, `imaps://...`, `[lmtp+]unix:/path` or a bare `host[:port]`.
 
-    IPv6 addresses stand in brackets. Raises ValueError with a text for the administrator. Servers come from the
-    pipeline file and from auth servers, so this does not rely on the configuration's checks.
+    `default_scheme` is what a bare one and `unix:` mean. IPv6 addresses stand in brackets. Raises ValueError with a
+    text for the administrator. Servers come from the pipeline file and from auth servers, so this does not rely on the
+    configuration's checks.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        scheme, rest = "smtp", url
+        scheme, rest = default_scheme, url
         head, unix, path = url.partition("unix:")
         if unix and (not head or (head[-1] == "+" and head[:-1] in DEFAULT_PORTS)):
             if not path.startswith("/") or "\0" in path:
                 raise ValueError(f"{url!r}: unix: needs an absolute path")
-            return Target(head.rstrip("+") or "smtp", "", 0, "/" + path.lstrip("/"))
+            return Target(head.rstrip("+") or default_scheme, "", 0, "/" + path.lstrip("/"))
     if scheme not in DEFAULT_PORTS:
-        raise ValueError(f"{url!r}: unknown scheme {scheme!r}; smtp, smtps, lmtp and unix are known")
+        raise ValueError(f"{url!r}: unknown scheme {scheme!r}; {', '.join(DEFAULT_PORTS)} and unix are known")
     host, port = _host_and_port(url, rest.removesuffix("/"))
     return Target(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, "")
 
@@ -91,25 +102,26 @@ class Server:
     `active` connections are in use, `idle` ones wait for reuse. `failures` in a row; before `ejected_until`
     (pool's clock) no session goes there, and for a while after it fewer do; `resting_until` see `Pool.failed`.
     `down` is the health check's word. `ehlo` is the last EHLO that the gateway saw in its own state: after TLS,
-    before it speaks for a client. `fixed` is the address of a server that has no name to look up. `lmtp`: it speaks
-    LMTP (RFC 2033), not SMTP.
+    before it speaks for a client; of a store its capabilities. `fixed` is the address of a server that has no name to
+    look up. `protocol` is smtp, lmtp, imap or pop3; `lmtp`: it speaks LMTP (RFC 2033), not SMTP.
     """
 
     __slots__ = (
         "_addresses", "_fresh_until", "_lookup", "active", "down", "ehlo", "ejected_until", "failures", "fixed",
-        "idle", "implicit_tls", "key", "last_error", "lmtp", "local", "resting_until", "share", "target", "turn", "url",
-        "weight",
+        "idle", "implicit_tls", "key", "last_error", "lmtp", "local", "protocol", "resting_until", "share", "target",
+        "turn", "url", "weight",
     )  # fmt: skip
 
-    def __init__(self, url: str, weight: int = 1) -> None:
-        self.target = parse_server(url)
+    def __init__(self, url: str, weight: int = 1, default_scheme: str = "smtp") -> None:
+        self.target = parse_server(url, default_scheme)
         if weight < 1:
             raise ValueError(f"{url!r}: weight {weight} is less than 1")
         self.url = str(self.target)
         self.key = blake2b(self.url.encode(), digest_size=16).digest()
         self.weight = weight
-        self.implicit_tls = self.target.scheme == "smtps"
-        self.lmtp = self.target.scheme == "lmtp"
+        self.implicit_tls = self.target.scheme in IMPLICIT_TLS
+        self.protocol = self.target.protocol
+        self.lmtp = self.protocol == "lmtp"
         self.fixed = _fixed(self.target)
         self.local = bool(self.target.path) or (bool(self.fixed) and ipaddress.ip_address(self.target.host).is_loopback)
         self.active = 0

@@ -1,64 +1,54 @@
 """The server's side of an SMTP or LMTP conversation: commands out, replies in, and never out of step.
 
 What keeps the two sides in step: every command that was sent is owed one reply, replies are taken in order, and a
-server that speaks when nothing is owed is not believed again. A connection ends through `quit`, `end_quietly`,
-`abort` or the prelude's `give_back`; each gives its place in the pool back, once.
+server that speaks when nothing is owed is not believed again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ipaddress
+from base64 import b64encode
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from gateway.observe.transcript import secrets_of, without
 from gateway.protocol.errors import LocalError, PeerError
 from gateway.protocol.smtp import Ehlo, Reply, ReplyReader, parse_ehlo
-from gateway.relay.wire import Wire, WireTimeout
+from gateway.stage import SaslStep
+from gateway.upstream.connection import (
+    NO_MECHANISM,
+    Expect,
+    Kind,
+    UpstreamConnection,
+    UpstreamError,
+    check_line,
+    mechanism_name,
+    quits_done,
+)
 
 if TYPE_CHECKING:
     from gateway.observe.transcript import Transcript
-    from gateway.upstream.pool import Pool
+    from gateway.relay.wire import Wire
     from gateway.upstream.server import Server
 
-Kind = Literal["down", "lost", "busy", "garbage", "tls", "timeout"]
-Expect = Callable[[Reply], None]
+__all__ = ["Connection", "Expect", "Kind", "UpstreamError", "quits_done"]
 
-QUIT_SECONDS = 2.0
-_ending: set[asyncio.Task[None]] = set()
+MAX_COMMAND = 512  # octets of AUTH with its initial response (RFC 4954 section 4)
 
 
-class UpstreamError(Exception):
-    """An upstream server failed us; `kind` says how, `server` is its URL. The text is for logs only."""
+class Connection(UpstreamConnection):
+    """A connection to an SMTP or LMTP server.
 
-    def __init__(self, kind: Kind, server: str, text: str) -> None:
-        super().__init__(f"{server}: {text}" if server else text)
-        self.kind: Kind = kind
-        self.server = server
-        self.text = text
-
-
-class Connection:
-    """A connection to an upstream server; what stages see of it is `gateway.stage.Peer`.
-
-    `tls`: encrypted as the pool demands it (required, and verified unless `verify: false`), so that credentials may
-    pass; `encrypted`: encrypted somehow. `extensions` is the last EHLO, `greeted` whether there was one. `reusable`:
-    no later session is hindered by what was said; `speaks_for_client`: the server was told who the client is.
-    `closing`: of no further use (421, out of step, lost). `needs_reset`: RSET goes before the next MAIL.
-    `transactions` counts MAIL commands. `on_end` is called once when the connection ends or is put aside.
+    `needs_reset`: RSET goes before the next MAIL. `transactions` counts MAIL commands. `pipelining`: announced.
     """
 
     __slots__ = (
-        "_before", "_content", "_due", "_fault", "_open", "_reader", "_replies", "_secrets", "closing",
-        "command_timeout", "ehlo", "encrypted", "extensions", "greeted", "greeting", "hostname", "idle_timer",
-        "needs_reset", "on_end", "pipelining", "pool", "reusable", "server", "speaks_for_client", "tls", "transactions",
-        "transcript", "wire",
+        "_before", "_content", "_due", "_open", "_reader", "_replies", "needs_reset", "pipelining", "transactions",
     )  # fmt: skip
+
+    starttls_code: ClassVar[int] = 220
 
     def __init__(
         self,
@@ -69,78 +59,53 @@ class Connection:
         command_timeout: float = 300.0,
         transcript: Transcript | None = None,
     ) -> None:
-        self.wire = wire
-        self.server = server
-        self.hostname = hostname
-        self.command_timeout = command_timeout
-        self.transcript = transcript
-        self.pool: Pool | None = None
-        self.on_end: Callable[[], None] | None = None
-        self.idle_timer: asyncio.TimerHandle | None = None
-        self.greeting: Reply | None = None
-        self.ehlo: Ehlo | None = None
-        self.extensions: dict[str, str] = {}
+        super().__init__(wire, server, hostname=hostname, command_timeout=command_timeout, transcript=transcript)
         self.pipelining = False
-        self.greeted = False
-        self.encrypted = False
-        self.tls = False
-        self.reusable = True
-        self.speaks_for_client = False
-        self.closing = False
         self.needs_reset = False
         self.transactions = 0
         self._reader = ReplyReader()
         self._replies: deque[Reply] = deque()
         self._due = 1  # the greeting
-        self._fault: UpstreamError | None = None
-        self._secrets: list[bytes] = []
         self._before: list[tuple[bytes, Expect | None]] = []
         self._open = False  # MAIL was accepted and its transaction has not ended
         self._content = False  # between 354 and the reply to the end of data
 
-    # -- what stages ask
+    # -- what is owed
 
     @property
-    def url(self) -> str:
-        """The server's URL."""
-        return self.server.url
-
-    @property
-    def local(self) -> bool:
-        """Nothing leaves this machine: a unix socket, or the peer's address is loopback."""
-        if self.server.local:
-            return True
-        try:
-            return ipaddress.ip_address(self.wire.peername[0]).is_loopback
-        except ValueError:
-            return False
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """The server's address and port; `("unix:", 0)` for a unix socket."""
-        return self.wire.peername
-
-    @property
-    def local_address(self) -> tuple[str, int]:
-        """Our address and port on this connection."""
-        return self.wire.sockname
-
-    @property
-    def idle(self) -> bool:
-        """No reply is owed, none came unasked, no content is under way and the peer is still there."""
-        return not (self.closing or self._due or self._content or self.wire.eof or self._out_of_turn())
+    def between_commands(self) -> bool:
+        """No reply is owed, none came unasked, no content is under way."""
+        return not (self._due or self._content or self._out_of_turn())
 
     @property
     def spoke_early(self) -> bool:
         """Whether the server closed, or said something that nothing asked for, while no reply is owed."""
         return self.wire.eof or (not self._due and self._out_of_turn())
 
+    @property
+    def farewell(self) -> bytes:
+        """QUIT."""
+        return b"QUIT\r\n"
+
+    @property
+    def _beyond_words(self) -> bool:
+        return self._content or super()._beyond_words
+
+    @property
+    def _answered(self) -> bool:
+        return bool(self._replies)
+
+    def _take(self, data: bytes) -> None:
+        if self.transcript is not None:
+            self.transcript.from_upstream(data)
+        self._replies.extend(self._reader.feed(data))
+
     # -- talking
 
-    def write(self, data: bytes) -> None:
-        """Bytes in front of the conversation: the PROXY header."""
-        self.identified()
-        self.wire.write(data)
+    async def read_greeting(self, timeout: float) -> Reply:
+        """The greeting. Raises UpstreamError."""
+        self.greeting = await self.reply(timeout)
+        return self.greeting
 
     def send(self, data: bytes, replies: int = 1) -> None:
         """Whole commands with their line ends, which are owed `replies` replies; one a command.
@@ -160,7 +125,7 @@ class Connection:
 
         Raises UpstreamError; LocalError for CR, LF or NUL in the line, or while replies are owed.
         """
-        _check_line(line)
+        check_line(line)
         if self._due:
             raise LocalError("a command while replies to earlier ones are owed")
         transcript = self.transcript
@@ -205,31 +170,6 @@ class Connection:
             self.closing = True  # it said more than it was asked: what it says next answers nothing
         return reply
 
-    async def _read(self, timeout: float) -> None:
-        """Read until there is a whole reply."""
-        wire, replies = self.wire, self._replies
-        wire.set_deadline(timeout)
-        try:
-            while not replies:
-                data = await wire.read()
-                if not data:
-                    raise self.failed("lost", str(wire.error or "closed the connection"))
-                if self.transcript is not None:
-                    self.transcript.from_upstream(data)
-                replies.extend(self._reader.feed(data))
-        except WireTimeout:
-            raise self.failed("timeout", f"no reply within {timeout:g}s") from None
-        except PeerError as error:
-            raise self.failed("garbage", str(error)) from None
-        wire.set_deadline(None)
-
-    def failed(self, kind: Kind, text: str) -> UpstreamError:
-        """Give the connection up: the error that ends this connection; every later wait gets it too."""
-        self.closing = True
-        self.reusable = False
-        self._fault = UpstreamError(kind, self.server.url, text)
-        return self._fault
-
     def _out_of_turn(self) -> bool:
         """Whether there are bytes of the server that no command asked for (while no reply is owed)."""
         return bool(self._replies or self.wire.buffered or self._reader.pending)
@@ -262,19 +202,21 @@ class Connection:
 
     # -- EHLO and MAIL
 
-    async def hello(self, name: str = "", *, timeout: float | None = None) -> Reply:
+    async def hello(self, name: str = "", *, esmtp: bool = True, timeout: float | None = None) -> Reply:
         """EHLO with our host name or `name`, HELO if the server knows no EHLO; with LMTP, LHLO. The last reply.
 
-        `extensions` is what it announced; nothing after HELO or a refusal. Raises UpstreamError, LocalError.
+        `extensions` is what it announced; nothing after HELO or a refusal. `esmtp=False` says HELO at once. Raises
+        UpstreamError, LocalError.
         """
         argument = (name or self.hostname).encode("ascii", "replace")
         self.forget_hello()
         reusable = self.reusable
         lmtp = self.server.lmtp
-        reply = await self.command((b"LHLO " if lmtp else b"EHLO ") + argument, timeout=timeout)
+        verb = b"LHLO " if lmtp else b"EHLO " if esmtp else b"HELO "
+        reply = await self.command(verb + argument, timeout=timeout)
         if reply.code == 250:
-            self.ehlo = _announced(reply)
-        elif reply.code >= 500 and not self.closing and not lmtp:
+            self.ehlo = _announced(reply) if esmtp or lmtp else Ehlo(reply.text.partition(" ")[0], {})
+        elif reply.code >= 500 and not self.closing and esmtp and not lmtp:
             reply = await self.command(b"HELO " + argument, timeout=timeout)
             if reply.code == 250:
                 self.ehlo = Ehlo(reply.text.partition(" ")[0], {})
@@ -291,21 +233,52 @@ class Connection:
         self.extensions = {}
         self.pipelining = self.greeted = False
 
-    async def start_tls(self, handshake: Callable[[Wire], Awaitable[None]]) -> None:
-        """Give the wire to the handshake, unless the server sent anything that would be trusted as coming from it.
+    # -- AUTH (RFC 4954)
 
-        Raises UpstreamError of kind `tls` for such bytes (RFC 3207 and the response injection it does not name).
-        """
-        owed = 1 if self.greeting is None else 0
-        if self._due != owed or self._out_of_turn():
-            raise self.failed("tls", "sent bytes between STARTTLS and the handshake")
-        await handshake(self.wire)
-        self.encrypted = True
-        self.forget_hello()
+    async def sasl(self, mechanism: str, initial: bytes | None) -> SaslStep:
+        """AUTH; an initial response that does not fit the line waits for the first challenge."""
+        line = b"AUTH " + mechanism_name(mechanism)
+        if initial is None:
+            return self._auth_step(await self.command(line, secret=True))
+        response = b64encode(initial) or b"="
+        if len(line) + 1 + len(response) + 2 <= MAX_COMMAND:
+            return self._auth_step(await self.command(line + b" " + response, secret=True))
+        step = self._auth_step(await self.command(line, secret=True))
+        return step if step.reply is not None else await self.sasl_answer(initial)
+
+    async def sasl_answer(self, data: bytes) -> SaslStep:
+        """One line of base64."""
+        return self._auth_step(await self.command(b64encode(data), secret=True))
+
+    async def sasl_cancel(self) -> SaslStep:
+        """`*`, which is answered with 501."""
+        return self._auth_step(await self.command(b"*", secret=True))
+
+    def _auth_step(self, reply: Reply) -> SaslStep:
+        self.identified()
+        if reply.code == 235:
+            self.logged_in = True
+        return self._step(reply)
+
+    async def login(self, user: bytes, password: bytes) -> Reply:
+        """AUTH PLAIN, or LOGIN where that is all there is."""
+        check_line(user)
+        check_line(password)
+        offered = self.extensions.get("AUTH", "").upper().split()
+        if "PLAIN" in offered:
+            step = await self.sasl("PLAIN", b"\0" + user + b"\0" + password)
+        elif "LOGIN" in offered:
+            step = await self.sasl("LOGIN", None)
+            for answer in (user, password):
+                if step.reply is None:
+                    step = await self.sasl_answer(answer)
+        else:
+            return NO_MECHANISM
+        return await self.ended(step)
 
     def before_mail(self, line: bytes, expect: Expect | None = None) -> None:
         """A command to go with the next MAIL, in one write where the server takes it; `expect` gets its reply."""
-        _check_line(line)
+        check_line(line)
         self._before.append((line, expect))
 
     async def mail(self, line: bytes, rcpt: bytes | None = None) -> Reply:
@@ -315,9 +288,9 @@ class Connection:
         write, and its reply is the next one if MAIL was accepted. Raises UpstreamError, also for a 421 to one of
         the others.
         """
-        _check_line(line)
+        check_line(line)
         if rcpt is not None:
-            _check_line(rcpt)
+            check_line(rcpt)
         ahead, self._before = self._before, []
         if self.needs_reset or self._open:
             ahead.insert(0, (b"RSET", self._was_reset))
@@ -328,20 +301,20 @@ class Connection:
                 lines.append(rcpt)
             self.send(b"\r\n".join(lines) + b"\r\n", len(lines))
             for before, expect in ahead:
-                self._answered(before, expect, await self.reply())
+                self._follow(before, expect, await self.reply())
             reply = await self.reply()
             if rcpt is not None and reply.code // 100 != 2 and not self.closing:
                 with contextlib.suppress(UpstreamError):  # MAIL's refusal counts, also of a server that leaves then
                     await self.reply()
         else:
             for before, expect in ahead:
-                self._answered(before, expect, await self.command(before))
+                self._follow(before, expect, await self.command(before))
             reply = await self.command(line)
         self.needs_reset = False
         self._open = reply.code // 100 == 2
         return reply
 
-    def _answered(self, line: bytes, expect: Expect | None, reply: Reply) -> None:
+    def _follow(self, line: bytes, expect: Expect | None, reply: Reply) -> None:
         if reply.code == 421:
             raise self.failed("lost", f"421 {reply.text}")
         if expect is None:
@@ -360,58 +333,10 @@ class Connection:
         if reply.code // 100 != 2:
             raise UpstreamError("garbage", self.server.url, f"RSET refused: {reply.code} {reply.text}")
 
-    def identified(self) -> None:
-        """The connection speaks for this client now (XCLIENT, AUTH, PROXY): no other session may have it."""
-        self.reusable = False
-        self.speaks_for_client = True
-
-    def stop_waiting(self) -> None:
-        """No longer kept for reuse: its clock and what watched the server meanwhile."""
-        if self.idle_timer is not None:
-            self.idle_timer.cancel()
-            self.idle_timer = None
-        self.wire.on_gone = self.wire.on_data = None
-
-    # -- the end
-
-    async def quit(self) -> None:
-        """QUIT and close, within seconds; a connection that is out of step, gone or inside content is just closed.
-
-        Never raises but for cancellation.
-        """
-        if self.closing or self._content or self.wire.eof:
-            self.abort()
-            return
-        self.closing = True
-        try:
-            if self.transcript is not None:
-                self.transcript.to_upstream(b"QUIT\r\n")
-            self.wire.write(b"QUIT\r\n")
-            await self.wire.aclose(QUIT_SECONDS)
-        finally:
-            self.abort()
-
-    def end_quietly(self) -> None:
-        """`quit` without waiting for it."""
-        if self.closing or self._content or self.wire.eof:
-            self.abort()
-            return
-        task = asyncio.get_running_loop().create_task(self.quit())
-        _ending.add(task)
-        task.add_done_callback(_ending.discard)
-
-    def abort(self) -> None:
-        """Close at once, without a word."""
-        self.closing = True
-        self.wire.abort()
-        self.put_aside()
-
     def put_aside(self) -> None:
         """Give the place in the pool back; what was to go with a MAIL of this session goes with none."""
         self._before.clear()
-        on_end, self.on_end = self.on_end, None
-        if on_end is not None:
-            on_end()
+        super().put_aside()
 
     def __repr__(self) -> str:
         return f"<Connection {self.server.url} transactions={self.transactions} closing={self.closing}>"
@@ -421,14 +346,3 @@ class Connection:
 def _announced(reply: Reply) -> Ehlo:
     """Servers say the same to every session; nobody changes what comes of it."""
     return parse_ehlo(reply)
-
-
-def _check_line(line: bytes) -> None:
-    if b"\n" in line or b"\r" in line or b"\0" in line:
-        raise LocalError("a command line with a line end or NUL inside")
-
-
-async def quits_done() -> None:
-    """Wait for what `end_quietly` began (at a stop)."""
-    while _ending:
-        await asyncio.wait(tuple(_ending))

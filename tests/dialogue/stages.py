@@ -28,7 +28,7 @@ from gateway import (
     Transaction,
     Upstream,
 )
-from gateway.protocol.sasl import verify_cram_md5
+from gateway.protocol.sasl import verify_apop, verify_cram_md5
 from tests.dialogue.content_stages import Reads
 
 EarlyPhase = Literal["connect", "secure", "greeting", "helo", "mail", "rcpt", "data"]
@@ -146,14 +146,16 @@ class Users(Stage):
             case Password():
                 good = given.password == known
             case Digest():
-                good = known is not None and verify_cram_md5(known, given.challenge, given.digest)
+                verify = verify_apop if given.mechanism == "APOP" else verify_cram_md5
+                good = known is not None and verify(known, given.challenge, given.digest)
             case Token():
                 good = given.token == known
             case _:
                 return None
         if not good:
             return Refuse(Cause.AUTH_FAILED)
-        return Authenticated(given.user, password=getattr(given, "password", None))
+        password = known if isinstance(given, Digest) else getattr(given, "password", None)
+        return Authenticated(given.user, password=password, token=getattr(given, "token", None))
 
 
 class ByDomainSettings(Settings):

@@ -70,19 +70,23 @@ async def test_dialogue(
 ) -> None:
     running_before = asyncio.all_tasks()
     play = transcript.play
-    ehlo = play.get("ehlo", EHLO)
+    store = transcript.protocol("C") in ("imap", "pop3")
+    ehlo = play.get("ehlo", [] if store else EHLO)
     assert isinstance(ehlo, list)
     upstreams = {"U": Upstream(ehlo), "V": Upstream(ehlo)}
     ports = {name: await upstream.start() for name, upstream in upstreams.items()}
     port = free_port()
-    scheme = "smtps" if mode == "tls" else transcript.protocol("C")
+    scheme = transcript.protocol("C")
+    if mode == "tls":
+        scheme = f"{'smtp' if scheme == 'lmtp' else scheme}s"
     assume = {"assume": play.get("assume", ehlo)}
     pipeline: dict[str, object] = {
         "hostname": "gateway.test",
         "listen": [{"url": f"{scheme}://127.0.0.1:{port}", **_mapping(play.get("listen"))}],
         "relay": "open",
         "upstreams": {"mta": {"servers": [f"{transcript.protocol('U')}://<U>"], "capabilities": assume, **_mapping(play.get("pool"))}},
-        "stages": [{"splice": {"handoff": "never"}}],
+        "stages": [{"users": {"users": {"tim": "tanstaaf"}}}, "splice"] if store else [{"splice": {"handoff": "never"}}],
+        "allow_plaintext_auth": store,
         **transcript.pipeline,
     }
     if play.get("tls") or mode in ("tls", "starttls"):

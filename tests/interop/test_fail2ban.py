@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway import Attempt, Authenticated, Cause, Kind, Password, Refuse, Session, Stage
+from gateway.observe import logs
 from gateway.testing.gateway import running
 from tests.fault.client import Client
 from tests.interop.conftest import Records
@@ -130,6 +131,14 @@ async def test_a_user_name_cannot_ban_somebody_else(user: str, records: Records)
 async def test_a_user_name_cannot_ban_anybody_in_an_outage(user: str, records: Records) -> None:
     await logins((user, "away"))
     assert banned(records) == []
+
+
+@pytest.mark.parametrize("user", ["tim", *(user for user in CRAFTED if user.isprintable()), 'x", cause: "authentication failed'])
+async def test_in_the_text_form_too(user: str, records: Records) -> None:
+    logs.configure("text", "info", file=str(records.path))
+    await logins((user, "wrong"), (user, "away"), ("tim", "right"))
+    assert "client login failed" in records.path.read_text()
+    assert banned(records) == [CLIENT]
 
 
 async def test_a_host_name_cannot_ban_anybody(records: Records) -> None:

@@ -1,5 +1,6 @@
-"""nginx's mail proxy, the program that the gateway replaces: two SMTP listeners and its own auth_http server.
+"""nginx's mail proxy, the program that the gateway replaces.
 
+`NginxFile` runs a configuration file of the test's own. `Nginx` has two SMTP listeners and its own auth_http server:
 `port` takes mail without a login (`smtp_auth none`), `auth_port` wants one. The built-in answer to auth_http sends
 everybody to `upstream_port`; with `auth_http_port` another server is asked.
 """
@@ -98,3 +99,22 @@ class Nginx(Process):
     def stop(self, number: int = signal.SIGTERM, limit: float = 15.0) -> int | None:
         """End it at once; SIGQUIT waits for its sessions first."""
         return super().stop(number, limit)
+
+
+class NginxFile(Process):
+    """nginx with this configuration file, which says `daemon off` and `pid` itself; `port` is one it listens on."""
+
+    def __init__(self, folder: Path, configuration: Path, port: int) -> None:
+        super().__init__(folder)
+        self._program = require("nginx")
+        if not MODULE.exists():
+            missing("nginx has no mail module")
+        self._configuration = configuration
+        self._port = port
+
+    def start(self) -> NginxFile:
+        """Start it; after this its worker accepts connections."""
+        command = [self._program, "-e", str(self.folder / "error.log"), "-c", str(self._configuration)]
+        self.launch(command, port_open(self._port))
+        wait_for(lambda: len(group_members(self.pid)) > 1, "nginx's worker")
+        return self

@@ -31,6 +31,11 @@ from gateway.values import NotA
         ("smtps+unix:///run/x", ListenUrl("smtps", path="/run/x")),
         ("lmtp://127.0.0.1:24", ListenUrl("lmtp", "127.0.0.1", 24)),
         ("lmtp+unix:/run/x", ListenUrl("lmtp", path="/run/x")),
+        ("imap://*:143", ListenUrl("imap", "", 143)),
+        ("pop3s+unix:/run/x", ListenUrl("pop3s", path="/run/x")),
+        ("imap://127.0.0.1:2000-2003", ListenUrl("imap", "127.0.0.1", 2000, last_port=2003)),
+        ("pop3://[::1]:110-110/", ListenUrl("pop3", "::1", 110, last_port=110)),
+        ("smtp+unix:/run/x:1-2", ListenUrl("smtp", path="/run/x:1-2")),
     ],
 )
 def test_listen(written: str, url: ListenUrl) -> None:
@@ -50,6 +55,11 @@ def test_listen(written: str, url: ListenUrl) -> None:
         ("unix:/run/x", ServerUrl("smtp", path="/run/x")),
         ("lmtp://store", ServerUrl("lmtp", "store", 24)),
         ("lmtp+unix:/run/x", ServerUrl("lmtp", path="/run/x")),
+        ("imap://store", ServerUrl("imap", "store", 143)),
+        ("imaps://store", ServerUrl("imaps", "store", 993)),
+        ("pop3://store", ServerUrl("pop3", "store", 110)),
+        ("pop3s://[::1]", ServerUrl("pop3s", "::1", 995)),
+        ("imap+unix:/run/x", ServerUrl("imap", path="/run/x")),
         ("embedded://var/mail", ServerUrl("embedded", path="var/mail")),
         ("embedded:///var/mail", ServerUrl("embedded", path="/var/mail")),
     ],
@@ -59,12 +69,26 @@ def test_server(written: str, url: ServerUrl) -> None:
     assert parse_server_url(str(url)) == url
 
 
-def test_protocols() -> None:
-    for written in ("smtp://x:1", "smtps://x:1", "unix:/x"):
-        assert parse_listen_url(written).protocol == parse_server_url(written).protocol == "smtp"
-    for written in ("lmtp://x:1", "lmtp+unix:/x"):
-        assert parse_listen_url(written).protocol == parse_server_url(written).protocol == "lmtp"
-    assert parse_server_url("embedded://x").protocol == "smtp"
+@pytest.mark.parametrize(
+    ("scheme", "protocol", "implicit_tls"),
+    [("smtp", "smtp", False), ("smtps", "smtp", True), ("lmtp", "lmtp", False), ("imap", "imap", False),
+     ("imaps", "imap", True), ("pop3", "pop3", False), ("pop3s", "pop3", True)],
+)  # fmt: skip
+def test_protocols(scheme: str, protocol: str, implicit_tls: bool) -> None:
+    for written in (f"{scheme}://x:1", f"{scheme}+unix:/x"):
+        for url in (parse_listen_url(written), parse_server_url(written)):
+            assert (url.protocol, url.implicit_tls) == (protocol, implicit_tls)
+    assert parse_listen_url("unix:/x").protocol == parse_server_url("embedded://x").protocol == "smtp"
+
+
+def test_ranges() -> None:
+    url = parse_listen_url("imap://127.0.0.1:2000-2003")
+    assert url.address == "127.0.0.1:2000-2003"
+    assert [str(one) for one in url.urls()] == [f"imap://127.0.0.1:{port}" for port in (2000, 2001, 2002, 2003)]
+    assert parse_listen_url("smtp://x:25").urls() == [ListenUrl("smtp", "x", 25)]
+    assert parse_listen_url("smtp://x:25-25").urls() == [ListenUrl("smtp", "x", 25)]
+    with pytest.raises(NotA):
+        parse_server_url("imap://127.0.0.1:2000-2003")
 
 
 def test_local_servers() -> None:
@@ -77,7 +101,20 @@ def test_local_servers() -> None:
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("imaps://x:993", "scheme 'imaps' is not available in this version; write smtp, smtps or lmtp"),
+        ("milter://x:993", "scheme 'milter' is not available in this version; "
+                           "write smtp, smtps, lmtp, imap, imaps, pop3 or pop3s"),
+        ("lmtps://x:24", "LMTP has no TLS from the start; write lmtp"),
+        ("lmtp:unix:/x", "'lmtp:unix:/x' is not how a listen address is written; write lmtp+unix:/x"),
+        ("imap://unix:/x", "'imap://unix:/x' is not how a listen address is written; write imap+unix:/x"),
+        ("lmtp:inet:x:24", "'lmtp:inet:x:24' is not how a listen address is written; write lmtp://x:24"),
+        ("imap:x:143", "'imap:x:143' is not how a listen address is written; write imap://x:143"),
+        ("x:993", "'x:993' has no scheme; write imaps://x:993"),
+        ("smtp://x:30-20", "'smtp://x:30-20' is not a range of ports; "
+                           "write the first and the last: smtp://127.0.0.1:2000-2003"),
+        ("smtp://x:0-20", "'smtp://x:0-20' is not a range of ports; "
+                          "write the first and the last: smtp://127.0.0.1:2000-2003"),
+        ("lmtp://x:20-30", "'lmtp://x:20-30' is SMTP's port, where LMTP must not be spoken (RFC 2033 5); "
+                           "write port 24"),
         ("x:25", "'x:25' has no scheme; write smtp://x:25"),
         ("smtps://x", "'smtps://x' has no port; write smtps://x:465"),
         ("lmtp://x", "'lmtp://x' has no port; write lmtp://x:24"),
@@ -88,7 +125,8 @@ def test_local_servers() -> None:
                           "write smtp://127.0.0.1:25, smtps://[::1]:465 or smtp+unix:/path"),
         ("unix:" + "/x" * 60, f"{'unix:' + '/x' * 60!r:.58}...' is longer than the 107 octets of a unix socket's path; "
                               "write a shorter path"),
-        ("embedded://x", "'embedded://x' has the unknown scheme 'embedded'; write smtp, smtps or lmtp"),
+        ("embedded://x", "'embedded://x' has the unknown scheme 'embedded'; "
+                         "write smtp, smtps, lmtp, imap, imaps, pop3 or pop3s"),
         ("lmtp+unix:run/x", "'lmtp+unix:run/x' has no absolute path; write lmtp+unix:/path"),
         (25, "25 is not a listen address; write smtp://127.0.0.1:25, smtps://[::1]:465 or smtp+unix:/path"),
     ],
@@ -103,6 +141,10 @@ def test_passwords_in_addresses_are_not_quoted() -> None:
     with pytest.raises(NotA) as caught:
         parse_server_url("smtp://user:hunter2@mx")
     assert "hunter2" not in str(caught.value)
+    for written in ("smtp://user:hunter2@x:9-1", "smtp:user:hunter2@x:1", "lmtp:unix:/hunter2@x"):
+        with pytest.raises(NotA) as caught:
+            parse_listen_url(written)
+        assert "hunter2" not in str(caught.value), written
 
 
 def test_resolvers_and_hostnames() -> None:

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from gateway.config.addresses import ListenUrl, Resolver, ServerUrl
-from gateway.config.models import Log, Mode, Pipeline, Pool, Process, Reuse, StageEntry, own_hostname, split_entry
+from gateway.config.log_settings import Log
+from gateway.config.models import Mode, Pipeline, Pool, Process, Reuse, StageEntry, own_hostname, split_entry
 from gateway.values import NotA
 
 LEAST: dict[str, object] = {

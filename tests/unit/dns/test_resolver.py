@@ -104,7 +104,42 @@ async def test_another_server_is_asked(what: str) -> None:
         resolver = Resolver([bad.address, good.address], timeout=2.0)
         assert texts(await resolver.query("x.test", dns.A)) == ["192.0.2.1"]
         assert texts(await resolver.query("y.test", dns.A)) == ["192.0.2.2"]
-        assert (len(bad.asked), len(good.asked)) == (1, 2)  # the one that answered is asked first from then on
+        assert (len(bad.asked), len(good.asked)) == (1, 2)  # it is the other one's turn
+
+
+async def test_servers_are_asked_in_turn() -> None:
+    zone: dict[str, Entry] = {f"n{i}.test": {"A": ["192.0.2.1"]} for i in range(9)}
+    async with DnsServer(zone) as one, DnsServer(zone) as two, DnsServer(zone) as three:
+        resolver = Resolver([one.address, two.address, three.address])
+        for name in zone:
+            assert texts(await resolver.query(name, dns.A)) == ["192.0.2.1"]
+        assert [len(server.asked) for server in (one, two, three)] == [3, 3, 3]
+
+
+async def test_a_silent_server_rests(clock: Clock) -> None:
+    zone: dict[str, Entry] = {f"n{i}.test": {"A": ["192.0.2.1"]} for i in range(9)}
+    async with DnsServer({name: {"do": "garbage", "A": ["192.0.2.1"]} for name in zone}) as bad, DnsServer(zone) as good:
+        resolver = Resolver([bad.address, good.address], timeout=2 * SHORT, clock=clock)
+        for i in range(4):
+            assert texts(await resolver.query(f"n{i}.test", dns.A)) == ["192.0.2.1"]
+        assert (len(bad.asked), len(good.asked)) == (1, 4)
+        clock.now += resolver_module.REST_SECONDS
+        for i in range(4, 6):
+            await resolver.query(f"n{i}.test", dns.A)
+        assert (len(bad.asked), len(good.asked)) == (2, 6)
+        bad.zone = zone
+        clock.now += resolver_module.REST_SECONDS
+        for i in range(6, 9):
+            await resolver.query(f"n{i}.test", dns.A)
+        assert (len(bad.asked), len(good.asked)) in ((3, 8), (4, 7))  # it answers again, and has its turn
+
+
+async def test_long_timeouts_have_more_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver_module, "RESEND_SECONDS", SHORT / 6)
+    async with DnsServer({"x.test": {"do": "silent"}}) as one, DnsServer({"x.test": {"do": "silent"}}) as other:
+        resolver = Resolver([one.address, other.address], timeout=SHORT, attempts=1)
+        assert await resolver.query("x.test", dns.A) == Failed("timeout")
+        assert (len(one.asked), len(other.asked)) == (3, 3)
 
 
 async def test_worst_failure_is_told() -> None:
@@ -142,6 +177,21 @@ async def test_answers_are_kept_for_their_time(clock: Clock) -> None:
         assert [await asked("missing.test"), await asked("late.test")] == [1, 0]
         clock.now += resolver_module.MAX_NEGATIVE_TTL
         assert await asked("late.test") == 1
+
+
+@pytest.mark.parametrize(("valid", "seconds"), [(5.0, 4.0), (1000.0, 999.0)])
+async def test_an_answer_is_believed_as_long_as_told(clock: Clock, valid: float, seconds: float) -> None:
+    async with DnsServer({"x.test": {"A": ["192.0.2.1"], "ttl": 60}, "no.test": {"negative": 60}}) as server:
+        resolver = Resolver([server.address], valid=valid, clock=clock)
+        for name in ("x.test", "no.test"):
+            found = await resolver.query(name, dns.A)
+            assert not isinstance(found, Failed) and found.ttl == valid
+        clock.now += seconds
+        await asyncio.gather(resolver.query("x.test", dns.A), resolver.query("no.test", dns.A))
+        assert len(server.asked) == 2
+        clock.now += 1.0
+        await asyncio.gather(resolver.query("x.test", dns.A), resolver.query("no.test", dns.A))
+        assert len(server.asked) == 4
 
 
 async def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +332,13 @@ async def test_addresses() -> None:
         assert await resolver.addresses("fail.test") == Failed("servfail")
 
 
+async def test_addresses_of_one_family() -> None:
+    async with DnsServer({"both.test": {"A": ["192.0.2.1"], "AAAA": ["2001:db8::1"]}}) as server:
+        assert texts(await Resolver([server.address], ipv4=False).addresses("both.test")) == ["2001:db8::1"]
+        assert texts(await Resolver([server.address], ipv6=False).addresses("both.test")) == ["192.0.2.1"]
+        assert [qtype for _, qtype, _ in server.asked] == ["AAAA", "A"]
+
+
 R = "2.0.192.in-addr.arpa"
 P7 = {f"7.{R}": {"PTR": ["h.test."]}}
 OK = ("h.test", "h.test", "ok")
@@ -320,6 +377,13 @@ async def test_forward_confirmed(
         silent = any(entry.get("do") == "silent" for entry in zone.values())
         resolver = Resolver([server.address], timeout=SHORT if silent else 5.0)
         assert await resolver.forward_confirmed(address) == ReverseName(*expected)  # type: ignore[arg-type]
+
+
+async def test_forward_confirmed_without_the_family() -> None:
+    async with DnsServer({**P7, "h.test": {"A": ["192.0.2.7"]}}) as server:
+        found = await Resolver([server.address], ipv4=False).forward_confirmed("192.0.2.7")
+        assert found == ReverseName(None, "h.test", "unavailable")
+        assert [qtype for _, qtype, _ in server.asked] == ["PTR"]
 
 
 async def test_a_few_names_of_many_are_tried() -> None:

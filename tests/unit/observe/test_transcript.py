@@ -76,6 +76,89 @@ def test_around_secrets_the_rest_is_shown(transcript: Transcript, seen: list[str
     ]  # fmt: skip
 
 
+GREETINGS = {"imap": b"* OK ready\r\n", "pop3": b"+OK ready\r\n"}
+METHODS = {
+    "c": Transcript.from_client,
+    "s": Transcript.to_client,
+    "u": Transcript.to_upstream,
+    "r": Transcript.from_upstream,
+}
+
+
+def fed(transcript: Transcript, seen: list[str], protocol: str, feed: list[tuple[str, bytes]]) -> list[str]:
+    """What is shown behind the greetings."""
+    transcript.to_client(GREETINGS[protocol])
+    transcript.from_upstream(GREETINGS[protocol])
+    for method, data in feed:
+        METHODS[method](transcript, data)
+    return seen[2:]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "command", "shown"),
+    [
+        ("imap", b"a1 capability", "a1 capability"),
+        ("imap", b'a ID ("name" "Mail 1.0")', 'a ID ("name" "Mail 1.0")'),
+        ("imap", b"a SELECT INBOX", "a SELECT INBOX"),
+        ("imap", b"a login joe secret", "a LOGIN [removed]"),
+        ("imap", b"a AUTHENTICATE SCRAM-SHA-256", "a AUTHENTICATE SCRAM-SHA-256 [removed]"),
+        ("imap", b"a authenticate plain " + SECRET, "a AUTHENTICATE PLAIN [removed]"),
+        ("imap", b"a AUTHENTICATE " + SECRET, "a AUTHENTICATE [removed]"),
+        ("imap", b"a WHAT EVER", "[11 octets that are no command]"),
+        ("imap", b"NOOP", "[4 octets that are no command]"),
+        ("imap", b"(a NOOP", "[7 octets that are no command]"),
+        ("imap", b"", "[0 octets that are no command]"),
+        ("pop3", b"CAPA", "CAPA"),
+        ("pop3", b"user joe", "user joe"),
+        ("pop3", b"PASS a secret word", "PASS [removed]"),
+        ("pop3", b"PASS", "PASS [removed]"),
+        ("pop3", b"APOP joe 0123456789abcdef", "APOP joe [removed]"),
+        ("pop3", b"APOP " + SECRET, "APOP [removed]"),
+        ("pop3", b"AUTH", "AUTH [removed]"),
+        ("pop3", b"auth plain " + SECRET, "AUTH PLAIN [removed]"),
+        ("pop3", b"XCLIENT ADDR=192.0.2.1 LOGIN=joe", "XCLIENT ADDR=192.0.2.1 LOGIN=[removed]"),
+        ("pop3", SECRET, "[16 octets that are no command]"),
+    ],
+)
+def test_store_commands(transcript: Transcript, seen: list[str], protocol: str, command: bytes, shown: str) -> None:
+    assert fed(transcript, seen, protocol, [("c", command), ("u", command + b"\r\n")]) == [f"C: {shown}", f"U> {shown}"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "feed"),
+    [
+        # a password behind a literal, or in several lines; a client that does not wait
+        ("imap", [("c", b"a LOGIN {3}"), ("s", b"+ go on\r\n"), ("c", b' "' + SECRET + b'"')]),
+        ("imap", [("c", b"a LOGIN {3+}"), ("c", b" {3}"), ("s", b"+ go on\r\n"), ("c", SECRET)]),
+        ("imap", [("c", b"a LOGIN joe {16}"), ("s", b"* 1 EXISTS\r\n+ go on\r\n"), ("c", b"x NOOP " + SECRET)]),
+        ("imap", [("c", b"a AUTHENTICATE LOGIN"), ("s", b"+ " + SECRET + b"\r\n"), ("c", b"x NOOP " + SECRET)]),
+        ("imap", [("c", b'a ID ("x" {3+}'), ("c", b' "y" "' + SECRET + b'")')]),
+        # servers that repeat what they heard
+        ("imap", [("c", b'a LOGIN "joe x" "' + SECRET + b'"'), ("s", b"a NO not " + SECRET + b"\r\n")]),
+        ("imap", [("c", b"a LOGIN joe " + SECRET), ("s", b"a BAD " + SECRET + b"?\r\n")]),
+        ("pop3", [("c", b"PASS " + SECRET), ("s", b"-ERR what is " + SECRET + b"\r\n")]),
+        ("pop3", [("u", b"APOP joe " + SECRET), ("r", b"-ERR what is " + SECRET + b"\r\n")]),
+        ("pop3", [("u", b"AUTH LOGIN"), ("r", b"+ " + SECRET + b"\r\n"), ("u", b"USER " + SECRET)]),
+    ],
+)
+def test_no_secret_of_a_login_is_shown(
+    transcript: Transcript, seen: list[str], protocol: str, feed: list[tuple[str, bytes]]
+) -> None:
+    shown = fed(transcript, seen, protocol, feed)
+    assert len(shown) >= len(feed) and not [line for line in shown if SECRET.decode() in line]
+
+
+def test_a_store_s_dialogue(transcript: Transcript, seen: list[str]) -> None:
+    feed = [
+        ("c", b"a LOGIN joe {6}"), ("s", b"+ OK\r\n"), ("c", b""), ("r", b"* CAPABILITY ID\r\ng1 OK done\r\n"),
+        ("s", b"a NO [AUTHENTICATIONFAILED] no\r\n"), ("c", b"b NOOP"), ("s", b"b OK\r\n* BYE\r\n"),
+    ]  # fmt: skip
+    assert fed(transcript, seen, "imap", feed) == [
+        "C: a LOGIN [removed]", "S: + [removed]", "C: [removed]", "U< * CAPABILITY ID", "U< g1 OK done",
+        "S: a NO [AUTHENTICATIONFAILED] no", "C: b NOOP", "S: b OK", "S: * BYE",
+    ]  # fmt: skip
+
+
 def test_bounds(transcript: Transcript, seen: list[str]) -> None:
     transcript.from_client(b"NOOP " + b"x" * 5000)
     assert len(seen[0]) < 1100 and seen[0].endswith("...")

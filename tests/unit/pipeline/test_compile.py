@@ -179,7 +179,7 @@ def test_starttls_must_be_read(tmp_path: Path, tls_files: tuple[Path, Path]) -> 
     assert plan_of(tmp_path, [], tls=certificates).hand_off is HandOff.MAIL
     assert plan_of(tmp_path, [], tls=certificates, listen=["smtps://127.0.0.1:2465"]).hand_off is HandOff.GREETING
     own = plan_of(tmp_path, [AUTH, "require_tls"], allow_plaintext_auth=None, listen=[{**plain, "tls": certificates}])
-    assert own.tls is None and own.listeners[0].tls is not None
+    assert own.listeners[0].tls is not None
     assert plan_of(tmp_path, [], listen=[{**plain, "tls": certificates}]).hand_off is HandOff.MAIL
     assert problems_of(tmp_path, ["require_tls"], listen=[{**plain, "tls": certificates}, "smtp://127.0.0.1:2588"]) == [
         "stages[0].require_tls: nobody can use TLS here: there is no certificate"

@@ -27,6 +27,7 @@ from gateway.relay.tls import (
     Certificate,
     ClientSession,
     ServerContext,
+    ServerSettings,
     TlsConfigError,
     TlsError,
     TlsInfo,
@@ -137,14 +138,16 @@ def test_versions_and_ciphers(store: Store, mx: Certificate) -> None:
     old.load_verify_locations(store.ca_file)
     old.minimum_version = ssl.TLSVersion.TLSv1_2
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    modern = ServerContext([mx], minimum="TLSv1.3", ciphers="TLS_AES_128_GCM_SHA256")
+    modern = ServerContext([mx], ServerSettings(minimum="TLSv1.3", ciphers="TLS_AES_128_GCM_SHA256"))
     session = modern.session()
     with pytest.raises(TlsError, match="unsupported protocol"):
         shake(session, ClientSession(old, "mx.example.org"))
     assert session.outgoing()[0] == 21  # an alert
     info, _ = shake(modern.session(), ClientSession(client_context(store.ca_file, True), "mx.example.org"))
     assert (info.version, info.cipher, info.bits) == ("TLSv1.3", "TLS_AES_128_GCM_SHA256", 128)
-    both = ServerContext([mx], ciphers="ECDHE-ECDSA-CHACHA20-POLY1305:TLS_CHACHA20_POLY1305_SHA256")
+    both = ServerContext(
+        [mx], ServerSettings(ciphers="ECDHE-ECDSA-CHACHA20-POLY1305:TLS_CHACHA20_POLY1305_SHA256")
+    )
     assert shake(both.session(), ClientSession(old, "mx.example.org"))[0].cipher == "ECDHE-ECDSA-CHACHA20-POLY1305"
 
 
@@ -165,53 +168,6 @@ def test_alpn(store: Store, mx: Certificate) -> None:
             assert info.alpn == seen.alpn == chosen
 
 
-def test_client_certificates_are_judged_not_enforced(store: Store, mx: Certificate) -> None:
-    good, foreign = store.issue("client.example.org"), store.issue("foreign.example.org", ca=trustme.CA())
-    context = ServerContext([mx], client_ca=store.ca_file, verify="optional")
-    for certificate, verified, error in [
-        (good, True, ""),
-        (foreign, False, "unable to get local issuer certificate"),
-        (None, False, "no certificate shown"),
-    ]:
-        client = client_context(store.ca_file, True, certificate)
-        for _ in range(2):
-            info, _ = shake(context.session(), ClientSession(client, "mx.example.org"))
-            assert (info.verified, info.verify_error) == (verified, error)
-            assert (info.certificate is None) == (certificate is None)
-            assert not info.resumed
-    assert not shake(ServerContext([mx]).session(), ClientSession(client, "mx.example.org"))[0].verified
-
-
-@pytest.mark.parametrize(("tickets", "verify"), [(True, "off"), (False, "off"), (True, "optional")])
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_sessions_are_resumed_only_where_nothing_is_verified(
-    store: Store, mx: Certificate, tickets: bool, verify: str, version: ssl.TLSVersion
-) -> None:
-    ca = store.ca_file if verify != "off" else None
-    context = ServerContext([mx], tickets=tickets, client_ca=ca, verify=verify)  # type: ignore[arg-type]
-    client = client_context(store.ca_file, True, store.issue("client.example.org", ca=trustme.CA()))
-    client.maximum_version = version
-    kept: ssl.SSLSession | None = None
-    for turn in range(2):
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        peer = client.wrap_bio(incoming, outgoing, server_hostname="mx.example.org", session=kept)
-        session = context.session()
-        for _ in range(4):
-            try:
-                peer.do_handshake()
-                peer.read(1)
-            except ssl.SSLWantReadError:
-                pass
-            flight = outgoing.read()
-            if flight:
-                session.feed(flight)
-            incoming.write(session.outgoing())
-        assert session.info is not None
-        assert session.info.resumed == (turn == 1 and tickets and verify == "off")
-        assert not session.info.verified
-        kept = peer.session
-
-
 def test_what_cannot_be_loaded_is_said_clearly(store: Store, mx: Certificate) -> None:
     path = store.path
     other = store.issue("other.example.org")
@@ -226,6 +182,14 @@ def test_what_cannot_be_loaded_is_said_clearly(store: Store, mx: Certificate) ->
     key = load_pem_private_key(Path(mx.key).read_bytes(), None)
     locked.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"pw")))
     missing = str(path / "missing.pem")
+    (path / "empty").write_bytes(b"\n\r\n")
+    wrong = path / "wrong"
+    wrong.write_bytes(b"not this\nnor this\n")
+    half = Certificate(mx.chain, str(locked))
+
+    def with_settings(**settings: object) -> Callable[[], object]:
+        return lambda: ServerContext([mx], ServerSettings(**settings))  # type: ignore[arg-type]
+
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: ServerContext([]), "no certificate"),
         (lambda: ServerContext([Certificate(missing, mx.key)]), "missing.pem: no such file"),
@@ -240,10 +204,20 @@ def test_what_cannot_be_loaded_is_said_clearly(store: Store, mx: Certificate) ->
         (lambda: ServerContext([Certificate(str(turned), mx.key)]), "turned.pem: the server's own certificate must"),
         (lambda: ServerContext([old]), f"{old.chain}: expired on {now - timedelta(2):%Y-%m-%d}"),
         (lambda: ServerContext([new]), f"{new.chain}: not valid before {now + timedelta(2):%Y-%m-%d}"),
-        (lambda: ServerContext([mx], ciphers="NONSENSE"), "'NONSENSE'"),
-        (lambda: ServerContext([mx], ciphers="TLS_NONSENSE"), "'TLS_NONSENSE'"),
-        (lambda: ServerContext([mx], verify="required"), "no client_ca"),
-        (lambda: ServerContext([mx], verify="optional", client_ca=str(garbage)), "garbage.pem: not a chain"),
+        (with_settings(ciphers="NONSENSE"), "'NONSENSE'"),
+        (with_settings(ciphers="TLS_NONSENSE"), "'TLS_NONSENSE'"),
+        (with_settings(ciphersuites="NONSENSE"), "'NONSENSE'"),
+        (with_settings(curves="X25519:nonsense"), "curves 'X25519:nonsense'"),
+        (with_settings(dhparam=str(garbage)), "garbage.pem: not PEM Diffie-Hellman parameters"),
+        (with_settings(dhparam=missing), "missing.pem: no such file"),
+        (with_settings(options=("-MiddleboxCompat",)), "option MiddleboxCompat cannot be off"),
+        (with_settings(options=("Nonsense",)), "no option 'Nonsense'"),
+        (with_settings(verify="required"), "no client_ca"),
+        (with_settings(verify="optional", client_ca=str(garbage)), "garbage.pem: not a chain"),
+        (with_settings(verify="optional", trusted_ca=missing), "missing.pem: no such file"),
+        (with_settings(verify="optional", client_ca=store.ca_file, crl=store.ca_file), "ca.pem: not a file of PEM rev"),
+        (with_settings(password_file=str(path / "empty")), "empty: no passphrase"),
+        (lambda: ServerContext([half], ServerSettings(password_file=str(wrong))), "no line of the password_file"),
         (lambda: client_context(missing, True), "missing.pem"),
         (lambda: client_context(str(garbage), True), "garbage.pem"),
         (lambda: client_context(None, True, Certificate(mx.chain, other.key)), "not the key"),

@@ -225,7 +225,7 @@ async def test_cram_md5(tmp_path: Path) -> None:
     text = f"tim:{{PLAIN}}tanstaaf\nbob:{make_hashes()['bcrypt']}\n"
     async with started(tmp_path / "users", text, cram_md5=True) as stage:
         assert stage.mechanisms(make_session()) == ("PLAIN", "LOGIN", "CRAM-MD5")
-        assert await answer(stage, "tim", "tanstaaf") == Authenticated("tim")
+        assert await answer(stage, "tim", "tanstaaf") == Authenticated("tim", password="tanstaaf")
         assert failed(await answer(stage, "tim", "other"))
         assert failed(await answer(stage, "bob", "demo"))
         assert failed(await answer(stage, "nobody", "*"))

@@ -55,6 +55,7 @@ SETTINGS: dict[str, list[object]] = {
         {"url": "http://127.0.0.1:<port>/auth", "none": True},
         {"url": "http://127.0.0.1:<port>/auth", "none": True, "per": "recipient", "methods": []},
     ],
+    "auth_relay": [None, {"mechanisms": ["PLAIN"], "required": False}],
     "connection_limit": [3, {"per_network": 2, "per_pipeline": 5}],
     "greeting_delay": ["1s", {"seconds": "5s", "early": "observe"}],
     "headers": [

@@ -101,8 +101,8 @@ async def test_a_refusal_for_a_greeting_is_the_clients(reply: str) -> None:
 @pytest.mark.anyio
 async def test_a_refused_command_is_ours(reply: str) -> None:
     refuse = await make_stage().upstream_ready(make_session(), ScriptedPeer(ALL, [reply]))
-    assert isinstance(refuse, Refuse) and refuse.reply is None
-    assert refuse.cause is Cause.UPSTREAM_MISCONFIGURED and refuse.temporary
+    assert isinstance(refuse, Refuse) and refuse.cause is Cause.UPSTREAM_MISCONFIGURED and refuse.temporary
+    assert refuse.reply is not None, "for splice's pass_error_message: always; else the client reads ours"
     assert "smtpd_authorized_xclient_hosts" in refuse.log and reply[:3] in refuse.log
 
 
@@ -136,3 +136,123 @@ async def test_a_login_that_cannot_be_said_is_not_left_out() -> None:
     peer = ScriptedPeer(ALL)
     refuse = await make_stage().upstream_ready(session, peer)
     assert isinstance(refuse, Refuse) and refuse.temporary and peer.lines == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered", "sent"),
+    [
+        ({"if_missing": "send"}, {}, b"XCLIENT ADDR=192.0.2.7 LOGIN=tim NAME=[UNAVAILABLE]"),
+        ({"if_missing": "send", "login": False}, {}, b"XCLIENT ADDR=192.0.2.7 NAME=[UNAVAILABLE]"),
+        (
+            {"if_missing": "send", "attributes": ["ADDR", "NAME", "PORT"]},
+            {"XCLIENT": "ADDR HELO"},
+            b"XCLIENT ADDR=192.0.2.7 NAME=[UNAVAILABLE] PORT=52001",
+        ),
+        (
+            {"attributes": ["NAME", "PORT", "ADDR"]},
+            {"XCLIENT": "ADDR NAME HELO"},
+            b"XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.7",
+        ),
+    ],
+)
+@pytest.mark.anyio
+async def test_attributes_and_sending_without_an_offer(
+    settings: dict[str, object], offered: dict[str, str], sent: bytes
+) -> None:
+    session = make_session()
+    session.typed_user, session.esmtp = "tim", False
+    peer = ScriptedPeer(offered)
+    assert await make_stage(**settings).upstream_ready(session, peer) is None
+    assert peer.lines == [sent, b"HELO client.example" if "if_missing" in settings else b"EHLO client.example"]
+    session.helo = ""
+    peer = ScriptedPeer(offered)
+    assert await make_stage(**settings).upstream_ready(session, peer) is None
+    assert peer.lines[1:] == ([] if settings.get("if_missing") == "send" else [b"EHLO gateway.example"])
+
+
+@pytest.mark.parametrize("attributes", [["ADDR"], ["NAME", "LOGIN"], ["ADDR", "NAME", "ADDR"], ["ADDR", "IDENT"], []])
+def test_address_and_name_go_together(attributes: list[str]) -> None:
+    with pytest.raises(ValueError):
+        make_stage(attributes=attributes)
+
+
+ID = b'ID ("x-originating-ip" "192.0.2.7" "x-originating-port" "52001" "x-connected-ip" "198.51.100.25" \
+"x-connected-port" "25" "x-session-id" "ID" "x-client-transport" "insecure"'
+
+
+@pytest.mark.parametrize(
+    ("said", "sent"),
+    [
+        (None, ID + b")"),
+        ({"name": "mutt", "support-url": None}, ID + b' "name" "mutt" "support-url" NIL)'),
+        ({"x-originating-ip": "127.0.0.1", "X-Proxy-TTL": "9", "os": "\u00fc"}, ID + b")"),
+        ({"vendor": 'a"b\\'}, ID + rb' "vendor" "a\"b\\")'),
+    ],
+)
+@pytest.mark.anyio
+async def test_imap_says_it_with_id(said: dict[str, str | None] | None, sent: bytes) -> None:
+    peer = ScriptedPeer({"ID": ""}, ["250 Trusted ID completed."], protocol="imap")
+    session = make_session()
+    session.client_id = said
+    assert await make_stage().upstream_ready(session, peer) is None
+    assert peer.lines == [sent] and peer.speaks_for_client
+
+
+@pytest.mark.anyio
+async def test_id_never_has_more_pairs_than_allowed() -> None:
+    peer = ScriptedPeer({"ID": ""}, ["250 Trusted ID completed."], protocol="imap")
+    session = make_session("2001:db8::7")
+    session.client_id = {f"n{number}": "v" for number in range(30)}
+    assert await make_stage().upstream_ready(session, peer) is None
+    assert peer.lines[0].count(b'"') == 4 * 30 and b'"x-originating-ip" "2001:db8::7"' in peer.lines[0]
+
+
+POP3 = b"XCLIENT ADDR=192.0.2.7 PORT=52001 DESTADDR=198.51.100.25 DESTPORT=25 SESSION=ID CLIENT-TRANSPORT=insecure"
+
+
+@pytest.mark.anyio
+async def test_pop3_has_an_xclient_of_its_own() -> None:
+    peer = ScriptedPeer({}, ["250 Updated"], protocol="pop3", greeting="220 [XCLIENT] Dovecot ready.")
+    assert await make_stage().upstream_ready(make_session(), peer) is None
+    assert peer.lines == [POP3] and peer.speaks_for_client
+
+
+MARKED = "220 [XCLIENT] ready"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "greeting", "extensions", "reply", "refused_by"),
+    [
+        ("imap", "220 x", {}, "250 OK", ("tempfail",)),
+        ("imap", "220 x", {"ID": ""}, "250 ID completed.", ()),  # Dovecot 2.3, which may well believe it
+        ("imap", "220 x", {"ID": ""}, "550 no", ("tempfail", "continue", "send")),
+        ("imap", "220 x", {"ID": ""}, "500 bad", ("tempfail", "continue", "send")),
+        ("pop3", "220 x", {}, "250 OK", ("tempfail",)),
+        ("pop3", MARKED, {}, "250 You are not from trusted IP - ignoring", ("tempfail",)),
+        ("pop3", MARKED, {}, "550 Unknown command.", ("tempfail", "continue", "send")),
+    ],
+)
+@pytest.mark.parametrize("if_missing", ["tempfail", "continue", "send"])
+@pytest.mark.anyio
+async def test_stores_that_do_not_take_it(
+    protocol: str, greeting: str, extensions: dict[str, str], reply: str, refused_by: tuple[str, ...], if_missing: str
+) -> None:
+    peer = ScriptedPeer(extensions, [reply], protocol=protocol, greeting=greeting)
+    refuse = await make_stage(if_missing=if_missing).upstream_ready(make_session(), peer)
+    assert (refuse is not None) is (if_missing in refused_by)
+    if refuse is not None:
+        assert refuse.cause is Cause.UPSTREAM_MISCONFIGURED and "login_trusted_networks" in refuse.log
+
+
+@pytest.mark.parametrize("protocol", ["imap", "pop3"])
+@pytest.mark.anyio
+async def test_a_store_that_leaves_and_a_client_without_address(protocol: str) -> None:
+    def peer() -> ScriptedPeer:
+        return ScriptedPeer({"ID": ""}, ["421 bye"], protocol=protocol, greeting=MARKED)
+
+    refuse = await make_stage().upstream_ready(make_session(), peer())
+    assert refuse is not None and refuse.disconnect and refuse.temporary
+    local = make_session("unix:")
+    asked = peer()
+    refuse = await make_stage().upstream_ready(local, asked)
+    assert refuse is not None and refuse.cause is Cause.UPSTREAM_MISCONFIGURED and asked.lines == []

@@ -1,4 +1,4 @@
-"""A scripted SMTP server in the test's own loop, and the sessions that talk to it."""
+"""A scripted server (SMTP, IMAP, POP3) in the test's own loop, and the sessions that talk to it."""
 
 from __future__ import annotations
 
@@ -111,16 +111,16 @@ async def peers(authority: trustme.CA) -> AsyncIterator[Callable[..., object]]:
     authority.issue_cert("mx.example", "127.0.0.1").configure_cert(context)
     started: list[tuple[Peer, asyncio.Server]] = []
 
-    async def start(*dialogues: str, implicit_tls: bool = False, path: str = "") -> Peer:
+    async def start(*dialogues: str, implicit_tls: bool = False, path: str = "", scheme: str = "smtp") -> Peer:
         peer = Peer(dialogues, context)
         tls = context if implicit_tls else None
         if path:
             server = await asyncio.start_unix_server(peer.connected, path)
-            peer.url = f"unix:{path}"
+            peer.url = f"{scheme}+unix:{path}"
         else:
             server = await asyncio.start_server(peer.connected, "127.0.0.1", 0, ssl=tls)
             port = server.sockets[0].getsockname()[1]
-            peer.url = f"{'smtps' if implicit_tls else 'smtp'}://127.0.0.1:{port}"
+            peer.url = f"{scheme}{'s' if implicit_tls else ''}://127.0.0.1:{port}"
         started.append((peer, server))
         return peer
 

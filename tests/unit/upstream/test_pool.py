@@ -9,7 +9,7 @@ import pytest
 from gateway.protocol.smtp import Ehlo
 from gateway.session import Session, Transaction
 from gateway.upstream.pool import Pool, PoolBusy, PoolDown, Pools, PoolSettings
-from gateway.upstream.profile import ProfileStore
+from gateway.upstream.profile import ProfileStore, parse_keywords, shared_keywords
 
 pytestmark = pytest.mark.anyio
 
@@ -281,6 +281,48 @@ async def test_a_named_server_keeps_the_settings_of_the_pool_that_lists_it() -> 
     assert (dynamic.settings.tls, dynamic.settings.max_connections) == ("required", 7)
     assert [server.url for server in dynamic.servers] == [B]
     assert pools.server(C).settings.tls == "off"
+
+
+async def test_a_bare_address_is_of_the_sessions_protocol() -> None:
+    store = Pool("store", PoolSettings(servers=(("imaps://10.0.0.7:993", 1),), max_connections=7))
+    pools = Pools({"store": store, "mta": pool_of(A)}, dynamic=PoolSettings(tls="off"))
+    for address, protocol, url in (
+        ("10.0.0.9:143", "imap", "imap://10.0.0.9:143"),
+        ("10.0.0.9:143", "pop3", "pop3://10.0.0.9:143"),
+        ("unix:/run/x", "pop3", "pop3+unix:/run/x"),
+        ("imap://10.0.0.9", "smtp", "imap://10.0.0.9:143"),
+        ("10.0.0.7:993", "imap", "imaps://10.0.0.7:993"),  # as the pool has it: TLS is not lost
+        ("10.0.0.7:993", "pop3", "pop3://10.0.0.7:993"),
+        ("imap://10.0.0.7:993", "imap", "imap://10.0.0.7:993"),
+    ):
+        pool = pools.server(address, protocol)
+        assert pool.servers[0].url == url and pool is pools.server(address, protocol)
+        assert (pool.settings.max_connections == 7) is url.startswith("imaps")
+
+
+async def test_one_pool_speaks_one_protocol() -> None:
+    with pytest.raises(ValueError, match="different protocols"):
+        Pool("mixed", PoolSettings(servers=(("imap://a", 1), ("pop3://b", 1))))
+    assert Pool("both", PoolSettings(servers=(("imap://a", 1), ("imaps://b", 1)))).protocol == "imap"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ({"AUTH": "PLAIN LOGIN", "IDLE": ""}, {"AUTH": "login", "ID": ""}, {"AUTH": "LOGIN"}),
+        ({"SASL": "PLAIN", "TOP": ""}, {"SASL": "XOAUTH2", "TOP": ""}, {"TOP": ""}),
+        ({"SASL": "PLAIN XOAUTH2", "USER": ""}, {"SASL": "XOAUTH2"}, {"SASL": "XOAUTH2"}),
+        ({"EXPIRE": "60", "IMPLEMENTATION": "A"}, {"EXPIRE": "60", "IMPLEMENTATION": "B"}, {"EXPIRE": "60"}),
+    ],
+)
+def test_what_stores_share(one: dict[str, str], other: dict[str, str], shared: dict[str, str]) -> None:
+    assert shared_keywords([one, other]) == shared
+
+
+def test_imap_writes_mechanisms_its_own_way() -> None:
+    assert parse_keywords(["IMAP4rev1", "AUTH=plain", "auth=LOGIN", "SIZE 10"]) == {
+        "IMAP4REV1": "", "AUTH": "PLAIN LOGIN", "SIZE": "10",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ async def test_a_refusal_of_a_stage_is_final(peers: Peers, opened: Opened, phase
         return REFUSAL
 
     pool = pool_of(await peers(GOOD), await peers(GOOD))
-    assert await opened(pool, Hooks(5.0, **{phase: refuse})) is REFUSAL
+    assert await opened(pool, Hooks(5.0, "tempfail", **{phase: refuse})) is REFUSAL
     await ended()
     assert [server.active for server in pool.servers] == [0, 0]
 
@@ -282,7 +282,7 @@ async def test_a_stage_that_raises_is_a_temporary_refusal(peers: Peers, opened: 
         raise ZeroDivisionError("oh")
 
     pool = pool_of(await peers("hang" if phase == "upstream_connect" else GOOD))
-    refuse = await opened(pool, Hooks(5.0, **{phase: fail}))
+    refuse = await opened(pool, Hooks(5.0, "tempfail", **{phase: fail}))
     assert isinstance(refuse, Refuse)
     assert (refuse.cause, refuse.temporary) == (Cause.STAGE_FAILED, True)
     assert "ZeroDivisionError" in refuse.log
@@ -476,3 +476,171 @@ async def test_a_stop_ends_waiting_connections(peers: Peers, opened: Opened) -> 
     pool.close_idle()
     await ended()
     assert connection.wire.closed and timer is not None and timer.cancelled()
+
+
+# --- mail stores
+
+IMAP = "S: * OK [CAPABILITY SASL-IR ID AUTH=PLAIN AUTH=XOAUTH2 AUTH=OAUTHBEARER] ready\n"
+POP3 = "S: +OK ready\nC: CAPA\nS: +OK\nS: USER\nS: .\n"
+
+
+async def log_in(peer: Any, session: Session, **options: Any) -> Any:
+    pool = pool_of(peer.url, assume=options.pop("assume", None))
+    chain: Any = options.pop("hooks", None) or Hooks()
+    result = await open_upstream(session, pool, chain, hostname="gw.example", **options)
+    if isinstance(result, Refuse):
+        await quits_done()
+        assert pool.servers[0].active == 0
+    return result
+
+
+def of(session: Session, protocol: str, password: str | None = "tanstaaf", token: str | None = None) -> Session:
+    session.protocol, session.typed_user, session.password, session.token = protocol, "tim", password, token
+    session.tag, session.auth_mechanism = b"a1", "XOAUTH2" if token else "PLAIN"
+    return session
+
+
+async def test_the_client_is_logged_in_under_its_own_tag(peers: Peers, new_session: NewSession) -> None:
+    peer = await peers(IMAP + 'C: a1 LOGIN "tim" "tanstaaf"\nS: * CAPABILITY IDLE\nS: a1 OK in\nC: g1 LOGOUT', scheme="imap")
+    opened = await log_in(peer, of(new_session(), "imap"))
+    assert opened.logged_in and opened.login_answer == b"* CAPABILITY IDLE\r\na1 OK in\r\n"
+    give_back(opened)
+    await quits_done()
+    peer = await peers(POP3 + "C: USER tim\nS: +OK\nC: PASS tanstaaf\nS: +OK 2 messages\nC: QUIT", scheme="pop3")
+    opened = await log_in(peer, of(new_session(), "pop3"))
+    assert opened.login_answer == b"+OK 2 messages\r\n"
+    opened.end_quietly()
+    await quits_done()
+
+
+async def test_a_token_goes_by_the_clients_mechanism(peers: Peers, new_session: NewSession) -> None:
+    message = "dXNlcj10aW0BYXV0aD1CZWFyZXIgeWEyOS50b2tlbgEB"
+    peer = await peers(IMAP + f"C: a1 AUTHENTICATE XOAUTH2 {message}\nS: a1 OK in", scheme="imap")
+    opened = await log_in(peer, of(new_session(), "imap", None, "ya29.token"))
+    assert opened.logged_in
+    opened.abort()
+    peer = await peers(IMAP + f"C: a1 AUTHENTICATE XOAUTH2 {message}\nS: + e30=\nC: \nS: a1 NO no\nhang", scheme="imap")
+    refuse = await log_in(peer, of(new_session(), "imap", None, "ya29.token"))
+    assert refuse.cause is Cause.LOGIN_REFUSED and "ya29" not in refuse.log
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        ("a1 NO [AUTHENTICATIONFAILED] wrong", Cause.LOGIN_REFUSED),
+        ("a1 NO [UNAVAILABLE] later", Cause.AUTH_UNAVAILABLE),
+        ("a1 NO [PRIVACYREQUIRED] not in clear", Cause.AUTH_UNAVAILABLE),
+        ("a1 BAD what", Cause.AUTH_UNAVAILABLE),
+        ("* BYE later", Cause.AUTH_UNAVAILABLE),
+    ],
+)
+@pytest.mark.parametrize("passing", [False, True])
+async def test_a_store_that_refuses(
+    peers: Peers, new_session: NewSession, answer: str, cause: Cause, passing: bool
+) -> None:
+    peer = await peers(IMAP + f'C: a1 LOGIN "tim" "tanstaaf"\nS: {answer}\nhang', scheme="imap")
+    messages: Any = "always" if passing else "auto"
+    refuse = await log_in(peer, of(new_session(), "imap"), pass_error_message=messages)
+    assert isinstance(refuse, Refuse) and refuse.cause is cause
+    assert (refuse.reply is not None) is passing
+    if refuse.reply is not None:
+        assert refuse.reply.text == answer.split(" ", 2)[2]
+    assert answer.split(" ", 2)[2] in refuse.log and "tanstaaf" not in refuse.log
+
+
+@pytest.mark.parametrize(
+    ("cause", "messages", "answered", "passed"),
+    [
+        (Cause.AUTH_FAILED, "auto", Cause.AUTH_FAILED, False),
+        (Cause.AUTH_FAILED, "always", Cause.LOGIN_REFUSED, True),
+        (Cause.AUTH_FAILED, "never", Cause.LOGIN_REFUSED, False),
+        (Cause.AUTH_UNAVAILABLE, "auto", Cause.AUTH_UNAVAILABLE, False),
+        (Cause.POLICY, "auto", Cause.POLICY, True),  # a verdict on the client
+        (Cause.POLICY, "always", Cause.UPSTREAM_DOWN, True),
+        (Cause.POLICY, "never", Cause.UPSTREAM_DOWN, False),
+        (Cause.UPSTREAM_MISCONFIGURED, "auto", Cause.UPSTREAM_MISCONFIGURED, False),
+        (Cause.UPSTREAM_MISCONFIGURED, "always", Cause.UPSTREAM_DOWN, True),
+    ],
+)
+async def test_whose_words_a_client_reads(
+    peers: Peers, new_session: NewSession, cause: Cause, messages: Any, answered: Cause, passed: bool
+) -> None:
+    async def stage(session: Session, peer: Any) -> Refuse:
+        return Refuse(cause, reply=Reply.of("535 5.7.8 no"))
+
+    refuse = await log_in(
+        await peers(GOOD), new_session(), hooks=Hooks(upstream_login=stage), pass_error_message=messages
+    )
+    assert refuse.cause is answered and (refuse.reply is not None) is passed
+
+
+@pytest.mark.parametrize(
+    ("user", "password", "cause"),
+    [
+        ("tim", None, Cause.AUTH_UNAVAILABLE),
+        ("", None, Cause.AUTH_UNAVAILABLE),
+        ("tim", "x\r\na2 LOGOUT", Cause.AUTH_FAILED),
+        ("tim\0", "x", Cause.AUTH_FAILED),
+    ],
+)
+async def test_nothing_is_said_without_what_it_takes(
+    peers: Peers, new_session: NewSession, user: str, password: str | None, cause: Cause
+) -> None:
+    for protocol, dialogue in (("imap", IMAP + "C: g1 LOGOUT"), ("pop3", POP3 + "C: QUIT")):
+        session = of(new_session(), protocol, password)
+        session.typed_user = user
+        refuse = await log_in(await peers(dialogue, scheme=protocol), session)
+        assert isinstance(refuse, Refuse) and refuse.cause is cause
+        await quits_done()
+
+
+async def test_clear_text_over_the_network(
+    peers: Peers, new_session: NewSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.upstream.connection.UpstreamConnection.local", property(lambda self: False))
+    peer = await peers(IMAP + "C: g1 LOGOUT", IMAP + 'C: a1 LOGIN "tim" "tanstaaf"\nS: a1 OK in', scheme="imap")
+    pool = pool_of(peer.url)
+    refuse = await open_upstream(of(new_session(), "imap"), pool, Hooks(), hostname="gw")  # type: ignore[arg-type]
+    assert isinstance(refuse, Refuse) and refuse.cause is Cause.UPSTREAM_MISCONFIGURED and "clear text" in refuse.log
+    await quits_done()
+    pool = pool_of(peer.url, allow_plaintext_login=True)
+    opened = await open_upstream(of(new_session(), "imap"), pool, Hooks(), hostname="gw")  # type: ignore[arg-type]
+    assert not isinstance(opened, Refuse) and opened.logged_in
+    opened.abort()
+
+
+async def test_who_relays_a_login_finds_nobody_logged_in(peers: Peers, new_session: NewSession) -> None:
+    asked: list[str] = []
+
+    async def ready(session: Session, peer: Any) -> None:
+        asked.append("ready")
+
+    async def stage(session: Session, peer: Any) -> None:
+        asked.append("login")
+
+    hooks = Hooks(upstream_ready=ready, upstream_login=stage)
+    peer = await peers(IMAP + "C: a1 AUTHENTICATE SCRAM-SHA-1 bg==\nS: a1 OK in", scheme="imap")
+    opened = await log_in(peer, of(new_session(), "imap", None), hooks=hooks, login=False)
+    assert not opened.logged_in and asked == ["ready"]
+    step = await opened.sasl("SCRAM-SHA-1", b"n")
+    assert step.reply.code == 235 and opened.login_answer == b"a1 OK in\r\n"
+    opened.abort()
+
+
+async def test_a_stage_that_logged_in_has_done_it(peers: Peers, new_session: NewSession) -> None:
+    async def stage(session: Session, peer: Any) -> None:
+        await peer.login(b"fixed", b"word")
+
+    peer = await peers(IMAP + 'C: a1 LOGIN "fixed" "word"\nS: a1 OK in', scheme="imap")
+    opened = await log_in(peer, of(new_session(), "imap"), hooks=Hooks(upstream_login=stage))
+    assert opened.logged_in
+    opened.abort()
+
+
+async def test_a_store_that_breaks_off_is_replaced(peers: Peers, new_session: NewSession) -> None:
+    bad = await peers(IMAP + 'C: a1 LOGIN "tim" "tanstaaf"\nclose', scheme="imap")
+    good = await peers(IMAP + 'C: a1 LOGIN "tim" "tanstaaf"\nS: a1 OK in', scheme="imap")
+    pool = pool_of(bad.url, good.url)
+    opened = await open_upstream(of(new_session(), "imap"), pool, Hooks(), hostname="gw")  # type: ignore[arg-type]
+    assert not isinstance(opened, Refuse) and opened.server is pool.servers[1]
+    opened.abort()

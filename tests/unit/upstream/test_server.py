@@ -22,6 +22,11 @@ from gateway.upstream.server import Server, parse_server
         ("smtps+unix:/run/mta", "smtps+unix:/run/mta", True),
         ("lmtp://Store", "lmtp://store:24", False),
         ("lmtp+unix:/run/lmtp", "lmtp+unix:/run/lmtp", True),
+        ("imap://Store", "imap://store:143", False),
+        ("imaps://store", "imaps://store:993", False),
+        ("pop3://[::1]", "pop3://[::1]:110", True),
+        ("pop3s://store/", "pop3s://store:995", False),
+        ("imap+unix:/run/imap", "imap+unix:/run/imap", True),
     ],
 )
 def test_urls_have_one_form(written: str, url: str, local: bool) -> None:
@@ -33,12 +38,29 @@ def test_urls_have_one_form(written: str, url: str, local: bool) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "imap://h", "smtp://", "h:0", "h:65536", "h:x", "h:+5", "::1", "2001:db8::1:25", "[::1", "[::1]x", "[h]:25",
+    ["", "milter://h", "smtp://", "h:0", "h:65536", "h:x", "h:+5", "::1", "2001:db8::1:25", "[::1", "[::1]x", "[h]:25",
      "unix:", "unix:mta", "foo+unix:/x", "smtp://a b", "smtp://user@h:25", "h\r\n:25"],
 )  # fmt: skip
 def test_what_is_no_server_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
         parse_server(url)
+
+
+@pytest.mark.parametrize(
+    ("written", "scheme", "url", "protocol", "implicit_tls"),
+    [
+        ("192.0.2.1:143", "imap", "imap://192.0.2.1:143", "imap", False),
+        ("192.0.2.1", "pop3", "pop3://192.0.2.1:110", "pop3", False),
+        ("unix:/run/x", "imap", "imap+unix:/run/x", "imap", False),
+        ("smtps://mx", "imap", "smtps://mx:465", "smtp", True),
+        ("pop3s://mx", "smtp", "pop3s://mx:995", "pop3", True),
+        ("lmtp+unix:/x", "imap", "lmtp+unix:/x", "lmtp", False),
+    ],
+)
+def test_protocols(written: str, scheme: str, url: str, protocol: str, implicit_tls: bool) -> None:
+    """A bare address is that of a server of the protocol at hand."""
+    server = Server(written, default_scheme=scheme)
+    assert (server.url, server.protocol, server.implicit_tls) == (url, protocol, implicit_tls)
 
 
 def test_a_weight_is_at_least_one() -> None:

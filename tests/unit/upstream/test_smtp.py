@@ -29,7 +29,9 @@ def connected(peers: Callable[..., Awaitable[object]]) -> Connect:
     async def connect(dialogue: str, settings: PoolSettings | None = None, **options: object) -> Connection:
         peer = await peers(dialogue)
         server = Server(peer.url)  # type: ignore[attr-defined]
-        return await dial(server, settings or PoolSettings(), hostname="gw.example", **options)  # type: ignore[arg-type]
+        connection = await dial(server, settings or PoolSettings(), hostname="gw.example", **options)  # type: ignore
+        assert isinstance(connection, Connection)
+        return connection
 
     return connect
 
@@ -55,6 +57,7 @@ async def test_lmtp_is_greeted_with_lhlo_and_answers_each_recipient(peers: Calla
     )
     server = Server(peer.url.replace("smtp:", "lmtp:"))  # type: ignore[attr-defined]
     connection = await dial(server, PoolSettings(), hostname="gw.example")
+    assert isinstance(connection, Connection)
     assert server.lmtp and connection.extensions == {"PIPELINING": "", "SIZE": "1000"}
     assert (await connection.command(b"DATA")).code == 354
     connection.end_of_data(b".\r\n", 2)
@@ -263,7 +266,7 @@ async def test_the_transcript_shows_no_secret(connected: Connect) -> None:
 
 
 async def test_quit_gives_up_on_a_server_that_stays(connected: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.upstream.smtp.QUIT_SECONDS", 0.01)
+    monkeypatch.setattr("gateway.upstream.connection.QUIT_SECONDS", 0.01)
     connection = await connected(HELLO + "C: QUIT\nwait")
     released = asyncio.Event()
     connection.on_end = released.set

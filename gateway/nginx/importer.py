@@ -1,0 +1,89 @@
+"""nginx.conf in, pipeline documents out."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.nginx import values
+from gateway.nginx.conf import Finding, Findings, read
+from gateway.nginx.document import Document, Setting, pipeline
+from gateway.nginx.merge import Main, merge
+from gateway.nginx.values import Lookup
+from gateway.nginx.write import Map, comment, document
+from gateway.values import format_duration
+
+
+@dataclass
+class Imported:
+    """What came of an import.
+
+    `head` are comment lines; `process` the text of a document with `process:`, or ""; `errors` what nginx refuses or
+    the gateway has no equal for, `warnings` the rest.
+    """
+
+    head: str
+    process: str
+    documents: list[Document]
+    errors: list[Finding]
+    warnings: list[Finding]
+
+    @property
+    def text(self) -> str:
+        """All documents as one file."""
+        parts = [self.process, *(document.text for document in self.documents)]
+        return self.head + "".join(f"---\n{part}" for part in parts if part)
+
+
+def import_file(
+    path: Path, *, lenient: bool = False, prefix: Path | None = None, lookup: Lookup = values.addresses,
+    own_name: Callable[[], str] = socket.gethostname,
+) -> Imported:  # fmt: skip
+    """Import a configuration file. With `lenient` what has no equal is a warning, also in the documents.
+
+    `prefix`: where nginx's log files are (its -p); by default above a folder `conf`, else beside the file.
+    """
+    path = path.absolute()
+    folder = path.parent
+    findings = Findings()
+    main, servers = merge(read(path, findings), str(path), findings)
+    setting = Setting(folder, prefix or (folder.parent if folder.name == "conf" else folder), main, lookup, own_name)
+    documents: list[Document] = []
+    if not findings.all("fatal"):
+        for server in servers:
+            documents.append(pipeline(server, setting))
+    head = _head(path, main, findings)
+    for server in servers:
+        findings.take(server.findings)
+    kinds = ("fatal",) if lenient else ("fatal", "unequal")
+    errors = findings.all(*kinds)
+    warnings = [finding for finding in findings.all() if finding not in errors]
+    return Imported(head, _process(main), documents, errors, warnings)
+
+
+def _head(path: Path, main: Main, findings: Findings) -> str:
+    """What holds for the process, and what is said elsewhere than in a pipeline."""
+    texts = [f"Imported from {path} by `gateway import-nginx`; docs/nginx.md says what differs."]
+    texts += [f"NOT IMPORTED: {finding}" for finding in findings.all("unequal")]
+    for name, text in _ELSEWHERE.items():
+        directive = main.one(name)
+        if directive is not None:
+            texts.append(f"{directive} -> {text}")
+    return "".join(f"{line}\n" for text in texts for line in comment(text))
+
+
+_ELSEWHERE = {
+    "user": "start the gateway as this user; for ports below 1024 give it CAP_NET_BIND_SERVICE",
+    "pid": "gateway run --pid-file PATH",
+    "worker_processes": "one process serves all connections in this version",
+}
+
+
+def _process(main: Main) -> str:
+    directive = main.one("worker_shutdown_timeout")
+    if directive is None:
+        return ""
+    drain = format_duration(values.seconds(directive.arguments[0]))
+    return document(Map().put("process", Map().put("drain", drain, str(directive))))
