@@ -162,9 +162,9 @@ _STORE_CODES: dict[Cause, tuple[str, str]] = {
 }
 _NO_CODE = (Cause.TOO_MANY_ERRORS, Cause.PROTOCOL, Cause.PIPELINING, Cause.TIMEOUT, Cause.EARLY_TALKER)
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_IMAP_STATUS = {500: "BAD", 421: "* BYE"}
+_IMAP_STATUS = {500: "BAD", 421: "* BYE", 554: "* BYE"}
 """What an IMAP server said that these codes stand for."""
-_ENHANCED = re.compile(r"[245]\.\d{1,3}\.\d{1,3} ")
+_ENHANCED = re.compile(r"\A[245]\.\d{1,3}\.\d{1,3} ")
 
 
 def names(family: Family) -> frozenset[str]:
@@ -202,7 +202,8 @@ class Replies:
         """What IMAP (`NO ...`, `* BYE ...`) or POP3 (`-ERR ...`) says of a refusal, without tag and end.
 
         A foreign reply keeps its text; an SMTP code and enhanced code in front of it are no words of these protocols.
-        An IMAP server's own, which has no enhanced code, keeps its status: 500 was BAD, 421 was BYE.
+        An IMAP server's own, which has no enhanced code, keeps its status: 500 was BAD, 421 was BYE, as was the 554 of
+        a greeting.
         `farewell`: it is the last word and answers no command.
         """
         imap = self.family == "imap"

@@ -323,8 +323,8 @@ WRITTEN = """
 A pipeline may say something else: `replies: {smtp: {upstream_down: 451 4.3.0 come back later}}`. Names are those of the
 causes, in lower case, and of these fixed replies to commands. What is written is said as it stands, without the
 session's id. In SMTP `unknown_command`, `bad_argument`, `not_available`, `bad_sequence` and `bad_parameter` are all
-errors of ours with the codes 500, 501, 502, 503 and 504 that have no name of their own. A greeting that is written names no instance, so that a
-connection that leads back to this gateway is not noticed by it.
+errors of ours with the codes 500, 501, 502, 503 and 504 that have no name of their own. A greeting that is written
+names no instance, so that a connection that leads back to this gateway is not noticed by it.
 """
 
 

@@ -3,8 +3,9 @@
 Asked once a connection, at upstream_connect, before TLS and greeting; it costs a few microseconds and waits for
 nothing. The upstream must expect the header (Postfix: `smtpd_upstream_proxy_protocol`), or it will take it for
 garbage. The addresses are the client's and the one it connected to, both as a PROXY header or XCLIENT towards
-the gateway gave them; with `destination: local` the second is the gateway's own end of the connection. A client without an IP address (a unix listener) is refused for now with 451: the
-upstream would take the gateway's own address for the client's.
+the gateway gave them; with `destination: local` the second is the gateway's own end of the connection. A client
+without an IP address (a unix listener) is refused for now with 451: the upstream would take the gateway's own address
+for the client's.
 
 Version 2 carries the client's TLS name and state too, and on request the session's id. The header never exceeds
 the 536 octets that Postfix reads; the additions are left out first.

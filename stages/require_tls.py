@@ -61,9 +61,10 @@ class RequireTls(Stage):
         )
 
     def capabilities(self, session: Session, offer: dict[str, str]) -> None:
-        """AUTH is not offered where it would be refused."""
+        """AUTH is not offered where it would be refused, nor are POP3's ways to log in."""
         if session.tls is None and "auth" in self.settings.for_:
-            offer.pop("AUTH", None)
+            for keyword in ("AUTH", "SASL", "USER"):
+                offer.pop(keyword, None)
 
     def auth(self, session: Session) -> Refuse | None:
         """Refuse AUTH in clear text, whoever it is."""

@@ -29,12 +29,13 @@ OWN = frozenset(
 class ImapConversation(StoreConversation):
     """One IMAP session."""
 
-    __slots__ = ("reader", "tag")
+    __slots__ = ("reader", "said_bye", "tag")
 
     def __init__(self, wire: Wire, served: Served, listener: Listener) -> None:
         super().__init__(wire, served, listener, served.replies["imap"])
         self.reader = imap.CommandReader(max_size=self.limits.auth_line)
         self.tag = b"*"
+        self.said_bye = False
 
     # -- what IMAP adds to a session
 
@@ -47,8 +48,16 @@ class ImapConversation(StoreConversation):
         return f"{text}\r\n".encode()
 
     def answer(self, refuse: Refuse, reply: Reply) -> bytes:
-        """`tag NO ...`."""
-        return self._tagged(self.replies.store(refuse, self.shown_id))
+        """`tag NO ...`, or what an upstream or the pipeline says instead."""
+        text = self.replies.store(refuse, self.shown_id)
+        self.said_bye = text.startswith("* BYE")
+        return self._tagged(text)
+
+    def end_if_told(self, refuse: Refuse, reply: Reply) -> None:
+        """After BYE too (RFC 9051 7.1.5)."""
+        super().end_if_told(refuse, reply)
+        if self.said_bye:
+            raise Closing(refuse.cause.value)
 
     def farewell(self, refuse: Refuse) -> bytes:
         """`* BYE ...`."""
@@ -159,15 +168,16 @@ def _offer(profile: tuple[tuple[str, str], ...], mechanisms: tuple[str, ...], st
         offer["STARTTLS"] = ""
     if mechanisms:
         offer["AUTH"] = " ".join(mechanisms)
-    if PASSWORD_MECHANISMS.isdisjoint(mechanisms):
-        offer["LOGINDISABLED"] = ""
     return offer
 
 
 @lru_cache(maxsize=64)
 def _written(offer: tuple[tuple[str, str], ...]) -> str:
     words = [f"{word}={value}" if value else word for word, value in offer if word != "AUTH"]
-    return " ".join([*words, *(f"AUTH={name}" for name in dict(offer).get("AUTH", "").split())])
+    mechanisms = dict(offer).get("AUTH", "").split()
+    if PASSWORD_MECHANISMS.isdisjoint(mechanisms):
+        words.append("LOGINDISABLED")
+    return " ".join([*words, *(f"AUTH={name}" for name in mechanisms)])
 
 
 async def _capability(conversation: ImapConversation, command: imap.Command) -> bool:

@@ -197,7 +197,10 @@ async def _answer_failure(
     delay = min(MAX_DELAY, limits.auth_delay * 2 ** (session.auth_failures - 1))
     loop = conversation.wire.loop
     conversation.flush()
-    await asyncio.sleep(max(delay, until - loop.time()))
+    pause = max(delay, until - loop.time(), 0.0)
+    await asyncio.sleep(pause)
+    if conversation.login_deadline:
+        conversation.login_deadline += pause  # not the client's time
     if isinstance(credentials, sasl.Token) and refuse.cause in (Cause.AUTH_FAILED, Cause.LOGIN_REFUSED):
         try:
             await ask_client(conversation, sasl.oauth_error(credentials.mechanism))

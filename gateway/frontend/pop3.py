@@ -190,7 +190,7 @@ async def _apop(conversation: Pop3Conversation, command: pop3.Command) -> bool:
 async def _auth(conversation: Pop3Conversation, command: pop3.Command) -> bool:
     mechanism, _, argument = command.argument.partition(b" ")
     if not mechanism:  # the list of mechanisms, older than CAPA
-        if not conversation.refused_in_clear():
+        if not conversation.refused_in_clear(offered_mechanisms(conversation)):
             conversation.ok("mechanisms")
             names = conversation.capabilities().get("SASL", "").split()
             conversation.write("".join(f"{name}\r\n" for name in [*names, "."]).encode())

@@ -27,7 +27,9 @@ async def pool_for(conversation: Conversation, recipient: Recipient | None) -> P
             return result.refuse
         if result.upstream is not None:
             chosen = result.upstream
-            session.identity = chosen.identity or session.identity
+            if not session.user and chosen.identity != session.identity:
+                session.identity = chosen.identity
+                await conversation.leave_upstream()  # it was told of another one
     if chosen is not None:
         return pool_named(conversation, chosen)
     pool = served.default_pool(session.protocol)

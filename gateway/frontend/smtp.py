@@ -234,7 +234,7 @@ class SmtpConversation(Conversation):
 
     async def must_be_last(self) -> None:
         """The command must end its pipelined group (RFC 2920 3.1), and a HELO client may not pipeline at all."""
-        if self.wire.buffered:
+        if self.wire.buffered and not self.served.unauthorized_pipelining:
             self.session.early_talker = True
             await self.refuse_and_close(Refuse(Cause.PIPELINING, disconnect=True), "command")
 

@@ -42,6 +42,7 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
     fresh.proxy_header = session.proxy_header
     fresh.client = _client(session.client, attributes)
     fresh.local = _destination(session, attributes)
+    fresh.accepted_at = session.accepted_at
     if not conversation.said:
         # A long XCLIENT comes in parts (Dovecot): they add up while nothing else is said.
         fresh.helo, fresh.esmtp = session.helo, session.esmtp

@@ -118,15 +118,26 @@ class StoreConversation(Conversation):
         return await login.log_in(self, credentials)
 
     async def logged_in(self, verdict: Authenticated) -> bool:
-        """The upstream's own answer to the login, then its bytes and the client's."""
+        """The upstream's own answer to the login; `_serve` then joins client and upstream."""
         connection = self.connection
         if connection is None:
             raise Closing("the upstream left")
         self.tell_settled(Phase.AUTH, LOGGED_IN)
         self.flush()
         self.wire.write(connection.login_answer)  # the transcript has it from the upstream, without secrets
-        await self.join(connection)
         return True
+
+    async def _serve(self) -> None:
+        """Commands end with a login. The coroutines that led to it have returned when the two are joined, and what was
+        known for it is forgotten: sessions idle by the thousand, for hours.
+        """
+        await super()._serve()
+        session, connection = self.session, self.connection
+        if connection is not None:
+            session.password = session.token = None
+            session.upstream_offer = NOTHING
+            connection.hand_over()
+            await self.join(connection)
 
 
 def check_line_ends(credentials: sasl.Credentials) -> None:

@@ -28,9 +28,9 @@ _HOST: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9_])?\.
 class Answer:
     """What an auth server said.
 
-    `error`: one line of printable ASCII for the client, which may be empty; None for OK and for `wait` (ask again). `seconds` is
-    Auth-Wait, 0 if there is none. `code`: Auth-Error-Code, a 4xx or 5xx with or without enhanced code, "" if it
-    sent none that is valid. Where to go: `pool`, or `server` as `host:port`, `[v6]:port` or `unix:/path`, or
+    `error`: one line of printable ASCII for the client, which may be empty; None for OK and for `wait` (ask again).
+    `seconds` is Auth-Wait, 0 if there is none. `code`: Auth-Error-Code, a 4xx or 5xx with or without enhanced code, ""
+    if it sent none that is valid. Where to go: `pool`, or `server` as `host:port`, `[v6]:port` or `unix:/path`, or
     neither. `user` and `password` override the client's; None and "" where it sent none.
     """
 

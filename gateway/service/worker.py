@@ -155,8 +155,6 @@ class ServedPipeline:
                 ) from error
             self.started.append(stage)
         for pool in pools.values():
-            if not pool.settings.health:
-                continue
             self.health.append(
                 Health(
                     pool, hostname=plan.hostname, instance=self.served.instance, proxy_header=plan.sends_proxy_header
@@ -182,7 +180,7 @@ class ServedPipeline:
         """Ask the upstreams what they announce, before the first greeting; those that are down may be so."""
         logs.pipeline.set(self.plan.name)
         assert self.served is not None
-        await asyncio.gather(*(learn(health, LEARN_TIMEOUT) for health in self.health))
+        await asyncio.gather(*(learn(health, LEARN_TIMEOUT) for health in self.health if health.pool.settings.health))
         for health in self.health:
             health.start()
 

@@ -67,7 +67,8 @@ async def dial(
     A store of a pool that assumes them is not asked, and says STARTTLS if `tls` is required or they name it.
 
     `esmtp`: the client said EHLO; where it did not, a pool with `hello: as_client` gets HELO. `instance` is what our
-    own greetings contain. `preface` may write a PROXY header. Raises UpstreamError, of kind `busy` for a 421 (RFC 5321 3.8) and else for what speaks against the server; ClientRefused; what `preface` raises.
+    own greetings contain. `preface` may write a PROXY header. Raises UpstreamError, of kind `busy` for a 421 (RFC 5321
+    3.8) and else for what speaks against the server; ClientRefused; what `preface` raises.
     """
     wire = await _connect(server, settings)
     connection: UpstreamConnection = CONNECTIONS[server.protocol](

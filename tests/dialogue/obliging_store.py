@@ -53,7 +53,7 @@ class ObligingStore:
     def clear(self) -> None:
         """Forget what was seen."""
         for seen in (self.logins, self.commands, self.wrong, self.after, self.lines):
-            seen.clear()  # type: ignore[attr-defined]
+            seen.clear()
 
     async def _line(self, reader: asyncio.StreamReader) -> bytes:
         line = await reader.readline()

@@ -57,7 +57,7 @@ PASS_good   -ERR          -ERR         -ERR          in            -ERR        -
 PASS_wrong  -ERR          -ERR         -ERR          -ERR[AUTH]    -ERR        -ERR[SYS/TEMP]!
 APOP_wrong  -ERR[AUTH]    -ERR[AUTH]   -ERR[AUTH]    -ERR          -ERR        -ERR[SYS/TEMP]!
 APOP_bad    -ERR          -ERR[AUTH]   -ERR          -ERR          -ERR        -ERR[SYS/TEMP]!
-AUTH        .             .            .             -ERR          -ERR        -ERR[SYS/TEMP]!
+AUTH        .             -ERR[AUTH]   .             -ERR          -ERR        -ERR[SYS/TEMP]!
 AUTH_asks   +             -ERR[AUTH]   +             -ERR          -ERR        -ERR[SYS/TEMP]!
 AUTH_good   in            -ERR[AUTH]   in            -ERR          -ERR        -ERR[SYS/TEMP]!
 AUTH_wrong  -ERR[AUTH]    -ERR[AUTH]   -ERR[AUTH]    -ERR          -ERR        -ERR[SYS/TEMP]!

@@ -12,11 +12,12 @@ import socket
 import ssl
 import struct
 from base64 import b64decode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.interop.nginx_scripts import Step, octets
+from tests.peers.recording_upstream import LATE
 
 LIMIT = 8.0
 """Seconds that the client waits for what it is to be sent."""
@@ -55,7 +56,7 @@ class Names:
 
 @dataclass
 class Client:
-    """One connection to a server. `events`: what `wait` waits for."""
+    """One connection to a server. `events`: what `wait` waits for; `stop` comes back when the program is to stop."""
 
     destination: tuple[str, int] | Path
     source: str
@@ -63,6 +64,7 @@ class Client:
     substitute: Callable[[str], str]
     certificates: Mapping[str, tuple[Path, Path]]
     events: Mapping[str, asyncio.Event]
+    stop: Callable[[], Awaitable[None]]
     names: Names = field(default_factory=Names)
     saw: list[str] = field(default_factory=list)
     port: int = 0
@@ -112,10 +114,15 @@ class Client:
                 sock = self._writer.get_extra_info("socket")
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self._writer.transport.abort()
-                return False
             case "wait":
                 await asyncio.wait_for(self.events[text].wait(), LIMIT)
                 self.saw.append(str(step))
+            case "late":
+                await asyncio.sleep(LATE)
+                self.saw.append("late")
+            case "stop":
+                await asyncio.wait_for(self.stop(), LIMIT)
+                self.saw.append("stop")
             case "TLS":
                 return await self._handshake(text.split())
         return True
@@ -153,7 +160,7 @@ class Client:
 
     async def _finish(self) -> None:
         """End this side and take down what else the server says."""
-        if self.saw and self.saw[-1] in ("<.", ">!", "(nothing comes)"):
+        if ">!" in self.saw or (self.saw and self.saw[-1] in ("<.", "(nothing comes)")):
             return
         if self._writer.can_write_eof() and not self._writer.transport.is_closing():
             try:

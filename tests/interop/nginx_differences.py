@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.interop.nginx_legs import Cast, Outcome, edited
+from tests.interop.nginx_legs import Cast, Outcome, without
 from tests.interop.nginx_scripts import Script
 
 DOCUMENT = Path(__file__).parents[2] / "docs/nginx.md"
@@ -42,7 +42,7 @@ def wrong_at_gateway(cast: Cast, nginx: Outcome, gateway: Outcome) -> str:
     if missing == ["*"]:
         found += _contrast("auth server", [], gateway.auth)
     elif missing or extra:
-        if edited(nginx.auth, missing, extra) != edited(gateway.auth, [], []):
+        if without(nginx.auth, missing) != without(gateway.auth, extra):
             found += _contrast(f"auth server, less {missing} and with {extra}", nginx.auth, gateway.auth)
     else:
         found += _contrast("auth server", nginx.auth, gateway.auth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import smtplib
+import socket
 import ssl
 import subprocess
 import sys
@@ -67,7 +68,17 @@ class ImportedGateway(Process):
         checked = run_gateway(self.folder, "check", "mail.yaml")
         assert checked.returncode == 0, checked.stderr
         # A test run that is killed takes the gateway along.
-        command = [require("setpriv"), "--pdeathsig", "TERM", "env", "-C", str(self.folder), GATEWAY, "run", "mail.yaml"]
+        command = [
+            require("setpriv"),
+            "--pdeathsig",
+            "TERM",
+            "env",
+            "-C",
+            str(self.folder),
+            GATEWAY,
+            "run",
+            "mail.yaml",
+        ]
         self.launch([*command, "--pid-file", str(self.pid_file)], self.pid_file.exists)
         assert int(self.pid_file.read_text()) == self.pid
         return self
@@ -97,7 +108,9 @@ class Sender:
             connection.ehlo()
             yield connection
 
-    def send(self, port: int, mode: Mode = "plain", user: User | None = None, recipient: str = "user@local.test") -> None:
+    def send(
+        self, port: int, mode: Mode = "plain", user: User | None = None, recipient: str = "user@local.test"
+    ) -> None:
         """One message, after a login if there is a user. Raises SMTPException."""
         with self.connected(port, mode) as connection:
             if user is not None:
@@ -117,6 +130,16 @@ def fetch(place: Place, mode: Mode, user: User, source: str) -> bytes:
         return b"\r\n".join((*popper.retr(1)[1], b""))
 
 
-def at(site: StoreSite, protocol: Protocol, port: int) -> Place:
-    """A listener, whatever the mode."""
-    return Place(protocol, port, port, site.ca)
+def at(site: StoreSite, protocol: Protocol, plain: int, tls: int = 0) -> Place:
+    """A server's ports, as the clients want them."""
+    return Place(protocol, plain, tls, site.ca)
+
+
+def greeting(site: StoreSite, address: str, port: int) -> bytes:
+    """What is said first there, in TLS."""
+    context = ssl.create_default_context(cafile=str(site.ca))
+    with (
+        socket.create_connection((address, port), LIMIT) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        return connection.recv(1000)

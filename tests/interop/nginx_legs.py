@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -51,25 +51,41 @@ class Stage:
     site: Site
     auth: RecordingAuthServer
     names: DnsServer
+    program: Process
+    gateway: bool
     alone: asyncio.Lock
     places: asyncio.Semaphore
+    stopping: asyncio.Barrier
+
+    async def stop(self) -> None:
+        """Tell the program to let its sessions end, once everybody is there who wants to see that."""
+        if await self.stopping.wait() == 0:
+            os.kill(self.program.pid, signal.SIGTERM if self.gateway else signal.SIGQUIT)
 
 
 def play(site: Site, program: Process, numbered: Mapping[int, Script], gateway: bool) -> dict[str, Outcome]:
-    """Play scripts to a program that this starts and stops; the outcome of each by its name."""
+    """Play scripts to a program that this starts and stops; the outcome of each by its name.
 
-    async def run() -> dict[str, Outcome]:
-        async with _stage(site) as stage:
+    Those in which it is told to stop have a run of their own.
+    """
+
+    async def run(numbered: Mapping[int, Script]) -> dict[str, Outcome]:
+        program.output.unlink(missing_ok=True)  # it says there that it is ready
+        async with _stage(site, program, gateway, len(numbered)) as stage:
             await asyncio.to_thread(program.start)
             try:
-                jobs = [_played(stage, number, script, gateway) for number, script in numbered.items()]
+                jobs = [_played(stage, number, script) for number, script in numbered.items()]
                 outcomes = await asyncio.gather(*jobs)
             finally:
                 await asyncio.to_thread(program.stop)
             assert not stage.auth.unclaimed, stage.auth.unclaimed
         return {script.name: outcome for script, outcome in zip(numbered.values(), outcomes, strict=True)}
 
-    return asyncio.run(run())
+    outcomes: dict[str, Outcome] = {}
+    for stops in (False, True):
+        wanted = {number: script for number, script in numbered.items() if script.stops == stops}
+        outcomes |= asyncio.run(run(wanted)) if wanted else {}
+    return outcomes
 
 
 def nginx(site: Site) -> NginxFile:
@@ -77,34 +93,36 @@ def nginx(site: Site) -> NginxFile:
     return NginxFile(site.folder, site.configuration, site.ports["smtp"])
 
 
-def imported_gateway(site: Site) -> GatewayProcess:
-    """The gateway with the site's file imported. Raises AssertionError if the importer refuses it."""
+def imported_gateway(folder: Path, configuration: Path) -> GatewayProcess:
+    """The gateway with a file imported. Raises AssertionError if the importer refuses it."""
     command = [sys.executable, "-m", "gateway", "import-nginx"]
     if subprocess.run([*command, "--help"], capture_output=True, check=False).returncode:
         pytest.skip("this gateway has no import-nginx")
-    done = subprocess.run([*command, str(site.configuration)], capture_output=True, check=False)
+    done = subprocess.run([*command, str(configuration)], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
-    (site.folder / "mail.yaml").write_bytes(done.stdout)
-    return GatewayProcess(site.folder, "mail.yaml", variables={"PYTHONUNBUFFERED": "1", **os.environ})
+    (folder / "mail.yaml").write_bytes(done.stdout)
+    return GatewayProcess(folder, "mail.yaml", variables={"PYTHONUNBUFFERED": "1", **os.environ})
 
 
 @asynccontextmanager
-async def _stage(site: Site) -> AsyncIterator[Stage]:
+async def _stage(site: Site, program: Process, gateway: bool, scripts: int) -> AsyncIterator[Stage]:
     async with (
         RecordingAuthServer(site.auth, site.folder / "auth.sock") as auth,
         DnsServer(listen=("127.0.0.1", site.dns)) as names,
     ):
-        yield Stage(site, auth, names, asyncio.Lock(), asyncio.Semaphore(AT_ONCE))
+        places = asyncio.Semaphore(AT_ONCE)
+        yield Stage(site, auth, names, program, gateway, asyncio.Lock(), places, asyncio.Barrier(scripts))
 
 
-async def _played(stage: Stage, number: int, script: Script, gateway: bool) -> Outcome:
+async def _played(stage: Stage, number: int, script: Script) -> Outcome:
     async with stage.places, AsyncExitStack() as stack:
-        if script.alone:
+        if script.alone or script.inside:
             await stack.enter_async_context(stage.alone)
-        upstream = RecordingUpstream(protocol(script.server), _replies(script))
+        where = stage.site.ports["inside"] if script.inside else 0
+        upstream = RecordingUpstream(protocol(script.server), _replies(script), where)
         await stack.enter_async_context(upstream)
         port = free_port() if script.refused else upstream.port
-        return await _play_one(stage, Cast(number, script, stage.site, port), upstream, gateway)
+        return await _play_one(stage, Cast(number, script, stage.site, port), upstream)
 
 
 @dataclass
@@ -184,7 +202,7 @@ def _replies(script: Script) -> dict[str, list[bytes]]:
     return replies
 
 
-async def _play_one(stage: Stage, cast: Cast, upstream: RecordingUpstream, gateway: bool) -> Outcome:
+async def _play_one(stage: Stage, cast: Cast, upstream: RecordingUpstream) -> Outcome:
     script, names, asking = cast.script, Names(), Asking(cast.answers())
     local = not isinstance(cast.site.destination(script.server), Path) and script.server != "smtp-six"
     for address in (cast.client, cast.claimed, cast.claimed6):
@@ -195,23 +213,25 @@ async def _play_one(stage: Stage, cast: Cast, upstream: RecordingUpstream, gatew
         stage.names.zone.update(pointer_zone(cast.client, script.dns))
     client = Client(
         cast.site.destination(script.server), cast.client if local else "", greeting(script.server), cast.substitute,
-        cast.site.certificates, {"auth": asking.arrived, "up": upstream.arrived}, names,
+        cast.site.certificates, {"auth": asking.arrived, "up": upstream.arrived}, stage.stop, names,
     )  # fmt: skip
-    seen = await client.play(script.steps(gateway))
+    seen = await client.play(script.steps(stage.gateway))
     try:
         await asyncio.wait_for(upstream.settled(), 5)
     except TimeoutError:
         seen.append("(the connection to the upstream stays)")
-    return Outcome(seen, _requests(asking.requests, names), _received(upstream, client.port))
+    return Outcome(seen, _requests(asking.requests, names, script.whole), _received(upstream, client.port))
 
 
-def _requests(requests: Sequence[Sequence[bytes]], names: Names) -> list[str]:
-    """Header lines, without what only belongs to the connection."""
+def _requests(requests: Sequence[Sequence[bytes]], names: Names, whole: bool) -> list[str]:
+    """Header lines, without what only belongs to the connection unless they are wanted whole."""
     lines = []
     for request in requests:
         for line in request:
             text = escaped(line)
-            if text.startswith("GET "):
+            if whole:
+                pass
+            elif text.startswith("GET "):
                 text = re.sub(r" HTTP/1\.[01]$", "", text)
             elif re.match(r"(Connection|Keep-Alive):", text, re.IGNORECASE):
                 continue
@@ -231,6 +251,12 @@ def _received(upstream: RecordingUpstream, client_port: int) -> list[str]:
     return lines
 
 
-def edited(lines: Sequence[str], missing: Sequence[str], extra: Sequence[str]) -> Counter[str]:
-    """The lines without some and with others, in any order."""
-    return Counter(lines) - Counter(missing) + Counter(extra)
+def without(lines: Sequence[str], some: Sequence[str]) -> list[str]:
+    """The lines in their order without some, of equal ones the last. One that is not there is noted."""
+    backwards = [*reversed(lines)]
+    for line in some:
+        if line in backwards:
+            backwards.remove(line)
+        else:
+            backwards.append(f"(not there: {line})")
+    return backwards[::-1]

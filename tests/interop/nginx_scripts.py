@@ -9,12 +9,16 @@
     auth= bytes                   an answer as it is
     up VERB: text                 the upstream's reply to a verb (see tests/peers/recording_upstream.py)
     up refused                    nobody listens there
+    up inside                     it is at the port that a location of the file names
     dns KIND                      what the name server says of the client (`pointer_zone`)
     > text                        the client sends a line;  `>| bytes` sends bytes
     < text                        the client is sent a line; `<| bytes` reads so many octets (at the end of a connection)
     <<                            it is sent the greeting; without this line, that comes first (`silent`: not at all)
     <.                            the server ends the connection
     >.                            the client ends its side;  `>!` it resets the connection
+    late                          a pause, shorter than a clock of one second; two of them are longer
+    stop                          the program is told to stop, once all scripts with this step are there
+    whole                         requests to the auth server with their HTTP version and connection fields
     wait auth | up                go on when the auth server was asked, when the upstream was sent a line
     TLS word...                   the client begins a TLS handshake: `cert=NAME`, `alpn=a,b`, `max=1.2`; `fails: ALERT`
     ? header line                 the auth server was sent it, in this order; `?! text`: nothing that begins so
@@ -37,7 +41,7 @@ from dataclasses import dataclass, field
 
 OK = "Auth-Status: OK\r\nAuth-Server: 127.0.0.1\r\nAuth-Port: $port"
 
-_STEPS = ("<<", "<.", "<|", "<", ">|", ">.", ">!", ">", "wait ", "TLS")
+_STEPS = ("<<", "<.", "<|", "<", ">|", ">.", ">!", ">", "wait ", "TLS", "late", "stop")
 _WAYS = re.compile(r" !(close|keep|hang|reset)$")
 
 
@@ -79,6 +83,8 @@ class Script:
     answers: list[tuple[bool, str, str]] = field(default_factory=list)
     replies: list[tuple[str, str]] = field(default_factory=list)
     refused: bool = False
+    inside: bool = False
+    whole: bool = False
     dns: str = ""
     nginx: Side = field(default_factory=Side)
     gateway: Side = field(default_factory=Side)
@@ -86,6 +92,11 @@ class Script:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def stops(self) -> bool:
+        """Whether it is about a program that is told to stop."""
+        return any(step.kind == "stop" for step in self.nginx.steps or [])
 
     def steps(self, gateway: bool) -> list[Step]:
         """The client's steps, the greeting added."""
@@ -117,12 +128,16 @@ def _line(script: Script, side: Side, line: str) -> None:
             script.server = rest
         case "alone":
             script.alone = True
+        case "whole":
+            script.whole = True
         case "dns":
             script.dns = rest
         case "silent":
             side.silent = True
         case "up" if rest == "refused":
             script.refused = True
+        case "up" if rest == "inside":
+            script.inside = True
         case "up":
             verb, _, reply = rest.partition(":")
             script.replies.append((verb, reply[1:]))

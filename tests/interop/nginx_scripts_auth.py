@@ -167,6 +167,51 @@ auth: Auth-Status: [UNAVAILABLE] try later | Auth-Error-Code: 454 4.7.0
 < t NO [UNAVAILABLE] try later
 <.
 
+== auth Auth-Error-Code 421 means nothing to imap
+@ imap
+auth: Auth-Status: no | Auth-Error-Code: 421 4.7.0 | Auth-Wait: 1
+> t LOGIN joe secret
+< t NO no
+> t NOOP
+< t OK completed
+
+== auth Auth-Error-Code 500 means nothing to imap
+@ imap
+auth: Auth-Status: no | Auth-Error-Code: 500 5.5.1 | Auth-Wait: 1
+> t LOGIN joe secret
+< t NO no
+> t NOOP
+< t OK completed
+
+== auth Auth-Wait does not count
+@ smtp-timeout
+auth: Auth-Status: no | Auth-Wait: 1
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 535 5.7.0 no
+late
+> NOOP
+< 250 2.0.0 OK
+
+== auth a failed login starts the clock anew
+@ smtp-timeout
+auth: Auth-Status: no | Auth-Wait: 1
+<<
+late
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 535 5.7.0 no
+late
+> NOOP
+< 250 2.0.0 OK
+differs: login-clock timeouts-answered
+<<
+late
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 535 5.7.0 no
+late
+> NOOP
+< 421 4.4.2 timeout exceeded
+<.
+
 == auth Auth-Error-Code means nothing to pop3
 @ pop3
 auth: Auth-Status: [SYS/TEMP] try later | Auth-Error-Code: 454 4.7.0
@@ -220,6 +265,9 @@ auth: @OK
 ? Auth-Login-Attempt: 1
 ? Auth-Pass:\x20
 ? Auth-Login-Attempt: 1
+differs: auth-wait-digest
+?- Auth-Pass:\x20
+?+ Auth-Pass: 0123456789abcdef0123456789abcdef
 
 == auth WAIT without Auth-Wait
 @ smtp-all
@@ -279,6 +327,11 @@ auth: @OK | Auth-User: a%20b | Auth-Pass: c%25d
 ? Auth-User: %01%02%03%1F%20!\x7f
 ? Auth-Pass: \xfe%25&+
 ^~
+differs: credentials-control-characters credentials-utf8
+> t AUTHENTICATE PLAIN AAECAx8gIX8A/iUmKw==
+< t BAD invalid command
+^-
+?- *
 
 == auth no server
 @ smtp-all
@@ -484,6 +537,95 @@ auth: @OK | Auth-User: mapped
 < 250 2.1.5 recipient ok
 ^ EHLO mx.test
 ^ XCLIENT ADDR=$client LOGIN=mapped NAME=[UNAVAILABLE]
+^ MAIL FROM:<a@b>
+^ RCPT TO:<c@d>
+
+== auth a request as it is
+@ imap
+whole
+> t LOGIN joe secret
+< t OK logged in
+? GET /auth HTTP/1.0
+? Host: 127.0.0.1
+?! Connection
+differs: auth-connections
+?- GET /auth HTTP/1.0
+?+ GET /auth HTTP/1.1
+
+== auth the client resets while the auth server thinks
+@ imap
+auth: Auth-Status: WAIT | Auth-Wait: 1
+auth: @OK
+> t LOGIN joe secret
+wait auth
+>!
+wait up
+^ t LOGIN {3}
+^ joe {6}
+^ secret
+differs: client-gone
+> t LOGIN joe secret
+wait auth
+>!
+late
+late
+^-
+?- GET /auth
+?- Host: 127.0.0.1
+?- Auth-Method: plain
+?- Auth-User: joe
+?- Auth-Pass: secret
+?- Auth-Protocol: imap
+?- Auth-Login-Attempt: 1
+?- Client-IP: $client
+?- X-Key: main
+
+== auth a location that lets everybody in, and a wrong password
+@ imap-local
+up inside
+up LOGIN: $tag NO [AUTHENTICATIONFAILED] wrong
+> t LOGIN joe wrong
+< * BAD internal server error
+<.
+^ t LOGIN {3}
+^ joe {5}
+^ wrong
+differs: upstream-farewell
+^ t LOGIN {3}
+^ joe {5}
+^ wrong
+^ g1 LOGOUT
+
+== auth a location that lets everybody in, and the right password
+@ imap-local
+up inside
+> t LOGIN joe secret
+< t OK logged in
+^ t LOGIN {3}
+^ joe {6}
+^ secret
+
+== auth a location that lets everybody in, and AUTH where mail needs no login
+@ smtp-local
+up inside
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+^ HELO mx.test
+differs: local-location
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 500 5.5.1 Invalid command
+^-
+
+== auth a location that lets everybody in, and mail
+@ smtp-local
+up inside
+> HELO c.test
+< 250 mx.test
+> MAIL FROM:<a@b>
+< 250 2.0.0 OK
+> RCPT TO:<c@d>
+< 250 2.1.5 recipient ok
+^ HELO mx.test
 ^ MAIL FROM:<a@b>
 ^ RCPT TO:<c@d>
 

@@ -180,6 +180,14 @@ differs: errors-counted last-word
 >.
 <.
 
+== imap an end within a command
+@ imap
+>| a NOOP\r\nb NOOP\r\nc NO
+< a OK completed
+< b OK completed
+>.
+<.
+
 == imap LOGIN with atoms
 @ imap
 > t1 LOGIN joe secret
@@ -238,6 +246,43 @@ differs: errors-counted last-word
 < t OK logged in
 ? Auth-User: j%25%09o%20e
 ? Auth-Pass: \xc3\xa9\x7f\xff
+differs: credentials-utf8
+> t LOGIN "j%\to e" "\xc3\xa9\x7f\xff"
+< t BAD invalid command
+^-
+?- *
+
+== imap LOGIN with UTF-8, percent signs and control octets in the password
+@ imap
+> t LOGIN "j%o \xc3\xa9" "\xc3\xa9\t\x01%"
+< t OK logged in
+? Auth-User: j%25o%20\xc3\xa9
+? Auth-Pass: \xc3\xa9%09%01%25
+^~
+
+== imap LOGIN with DEL in the password
+@ imap
+> t LOGIN joe "a\x7fb"
+< t OK logged in
+? Auth-Pass: a\x7fb
+^ t LOGIN {3}
+^ joe {3}
+^ a\x7fb
+differs: auth-delete
+?- Auth-Pass: a\x7fb
+?+ Auth-Pass: a%7Fb
+
+== imap LOGIN with a control octet in the user name
+@ imap
+> t LOGIN "j\to" secret
+< t OK logged in
+? Auth-User: j%09o
+^~
+differs: credentials-control-characters
+> t LOGIN "j\to" secret
+< t BAD invalid command
+^-
+?- *
 
 == imap LOGIN with an empty password
 @ imap
@@ -247,6 +292,11 @@ differs: errors-counted last-word
 ^ t LOGIN {3}
 ^ joe {0}
 ^
+differs: empty-password
+> t LOGIN joe ""
+< t BAD invalid command
+^-
+?- *
 
 == imap LOGIN with an empty user
 @ imap
@@ -327,12 +377,13 @@ differs: credentials-control-characters
 < t OK logged in
 ? Auth-Pass: %0D
 ^~
-differs: imap-empty-literal
-^ t LOGIN {3}
-^ joe {0}
-^
-?- Auth-Pass: %0D
-?+ Auth-Pass:\x20
+differs: imap-empty-literal empty-password
+> t LOGIN joe {0}
+< + OK
+>| \r\n
+< t BAD invalid command
+^-
+?- *
 
 == imap a literal of something that is no number
 @ imap
@@ -350,10 +401,26 @@ differs: imap-empty-literal
 >| xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
 < t BAD invalid command
 <.
+differs: imap-literals
+> t LOGIN {300}
+< t BAD invalid command
+> t NOOP
+< t OK completed
 
 == imap a wrong command with a literal that is not synchronizing
 @ imap
 > t APPEND x {5+}
+< t BAD invalid command
+<.
+differs: imap-literals
+>| t APPEND x {5+}\r\nLOGIN\r\n
+< t BAD invalid command
+> t NOOP
+< t OK completed
+
+== imap literals that are not synchronizing and larger than the buffer
+@ imap-buffer
+>| t LOGIN {300+}\r\nxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
 < t BAD invalid command
 <.
 
@@ -408,6 +475,22 @@ differs: sasl-authzid
 ^ cret
 differs: credentials-control-characters
 > t AUTHENTICATE PLAIN AGpvZQBzZQ0KY3JldA==
+< t BAD invalid command
+^-
+?- *
+
+== imap LOGIN with line ends in the password
+@ imap
+> t LOGIN joe {8}
+< + OK
+>| se\r\ncret\r\n
+< t OK logged in
+? Auth-Pass: se%0D%0Acret
+^~
+differs: credentials-control-characters
+> t LOGIN joe {8}
+< + OK
+>| se\r\ncret\r\n
 < t BAD invalid command
 ^-
 ?- *
@@ -472,7 +555,7 @@ differs: disabled-external
 > t AUTHENTICATE EXTERNAL
 < t BAD invalid command
 > am9l
-< am9l BAD invalid command
+< * BAD invalid command
 ^-
 ?- *
 

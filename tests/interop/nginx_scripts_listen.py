@@ -11,6 +11,11 @@ SCRIPTS = r"""
 > HELO client.test
 < 250 second.test
 
+== listen the last of a range of ports
+@ smtp-range
+> HELO client.test
+< 250 range.test
+
 == listen on a unix socket
 @ smtp-unix
 alone
@@ -299,6 +304,11 @@ dns alias
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
 < 235 2.0.0 OK
 ? Client-Host: [TEMPUNAVAIL]
+differs: dns-alias
+^ EHLO mx.test
+^ XCLIENT ADDR=$client LOGIN=joe NAME=[UNAVAILABLE]
+?- Client-Host: [TEMPUNAVAIL]
+?+ Client-Host: [UNAVAILABLE]
 
 == dns and a greeting delay
 @ smtp-dns-delay

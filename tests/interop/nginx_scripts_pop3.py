@@ -13,6 +13,16 @@ SCRIPTS = r"""
 > NOOP
 < +OK
 
+== pop3 greeting where CRAM-MD5 is to be had and APOP is not
+@ pop3-cram
+> APOP joe 0123456789abcdef0123456789abcdef
+< -ERR invalid command
+differs: pop3-timestamp
+silent
+< +OK POP3 ready
+> APOP joe 0123456789abcdef0123456789abcdef
+< -ERR invalid command
+
 == pop3 CAPA of the defaults
 @ pop3
 > CAPA
@@ -110,6 +120,24 @@ SCRIPTS = r"""
 < +OK logged in
 ? Auth-User: j\xc3\xa9%25
 ? Auth-Pass: \xff\x7f%09
+differs: credentials-utf8
+> user j\xc3\xa9%
+< +OK
+> pass \xff\x7f\t
+< -ERR invalid command
+^-
+?- *
+
+== pop3 UTF-8, percent signs and control octets in the password
+@ pop3
+> user j\xc3\xa9%
+< +OK
+> pass \xc3\xa9\t%
+< +OK logged in
+? Auth-User: j\xc3\xa9%25
+? Auth-Pass: \xc3\xa9%09%25
+^ USER j\xc3\xa9%
+^ PASS \xc3\xa9\t%
 
 == pop3 USER and PASS without arguments
 @ pop3
@@ -243,6 +271,14 @@ differs: last-word
 >.
 <.
 
+== pop3 an end within a command
+@ pop3
+>| NOOP\r\nUSER joe\r\nPAS
+< +OK
+< +OK
+>.
+<.
+
 == pop3 a line that does not fit the buffer of 128 octets
 @ pop3
 >| USER xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
@@ -301,13 +337,6 @@ differs: upstream-farewell
 < LOGIN
 < CRAM-MD5
 < EXTERNAL
-< .
-differs: disabled-external
-> AUTH
-< +OK methods supported:
-< PLAIN
-< LOGIN
-< CRAM-MD5
 < .
 
 == pop3 AUTH lists the defaults
@@ -455,6 +484,33 @@ up XEVIL:
 ^ PASS p
 differs: credentials-control-characters
 > AUTH PLAIN AHUNClhFVklMIDEAcA==
+< -ERR invalid command
+^-
+?- *
+
+== pop3 AUTH PLAIN with line ends in the password
+@ pop3
+up XEVIL:
+> AUTH PLAIN AGpvZQBwDQpYRVZJTCAx
+< +OK logged in
+? Auth-Pass: p%0D%0AXEVIL%201
+^ USER joe
+^ PASS p
+^ XEVIL 1
+differs: credentials-control-characters
+> AUTH PLAIN AGpvZQBwDQpYRVZJTCAx
+< -ERR invalid command
+^-
+?- *
+
+== pop3 AUTH PLAIN with an empty password
+@ pop3
+> AUTH PLAIN AGpvZQA=
+< +OK logged in
+? Auth-Pass:\x20
+^~
+differs: empty-password
+> AUTH PLAIN AGpvZQA=
 < -ERR invalid command
 ^-
 ?- *

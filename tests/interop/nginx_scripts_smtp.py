@@ -110,6 +110,11 @@ SCRIPTS = r"""
 < 250 2.0.0 OK
 > RSET now
 < 250 2.0.0 OK
+differs: arguments-refused
+> RSET
+< 250 2.0.0 OK
+> RSET now
+< 501 5.5.4 Invalid argument
 
 == smtp VRFY EXPN HELP are not counted as errors
 @ smtp-errors
@@ -124,16 +129,40 @@ SCRIPTS = r"""
 > NOOP
 < 250 2.0.0 OK
 
-== smtp DATA BDAT and unknown commands
+== smtp DATA and unknown commands
 @ smtp
 > DATA
 < 500 5.5.1 Invalid command
-> BDAT 3 LAST
-< 500 5.5.1 Invalid command
-> GET / HTTP/1.0
+> FOO bar
 < 500 5.5.1 Invalid command
 > NOOP
 < 250 2.0.0 OK
+
+== smtp BDAT
+@ smtp
+>| BDAT 6 LAST\r\nNOOP\r\n
+< 500 5.5.1 Invalid command
+< 250 2.0.0 OK
+> NOOP
+< 250 2.0.0 OK
+differs: bdat-octets
+>| BDAT 6 LAST\r\nNOOP\r\n
+< 500 5.5.1 Invalid command
+> NOOP
+< 250 2.0.0 OK
+
+== smtp HTTP
+@ smtp
+> GET / HTTP/1.0
+< 500 5.5.1 Invalid command
+> Host: mx.test
+< 500 5.5.1 Invalid command
+> NOOP
+< 250 2.0.0 OK
+differs: smtp-http
+> GET / HTTP/1.0
+< 554 5.5.0 this is an SMTP server, not for HTTP
+<.
 
 == smtp the fifth error ends the session
 @ smtp
@@ -208,6 +237,13 @@ differs: last-word
 < 250 2.0.0 OK
 > NOOP 1 2 3 4 5 6 7 8 9 10 11 12
 < 500 5.5.1 Invalid command
+differs: noop-arguments
+> NOOP 1 2 3 4 5 6 7 8 9 10
+< 250 2.0.0 OK
+> NOOP 1 2 3 4 5 6 7 8 9 10 11
+< 250 2.0.0 OK
+> NOOP 1 2 3 4 5 6 7 8 9 10 11 12
+< 250 2.0.0 OK
 
 == smtp bare LF ends a command
 @ smtp
@@ -244,6 +280,14 @@ differs: last-word
 == smtp an end between commands
 @ smtp
 > NOOP
+< 250 2.0.0 OK
+>.
+<.
+
+== smtp an end within a command
+@ smtp
+>| NOOP\r\nRSET\r\nNOO
+< 250 2.0.0 OK
 < 250 2.0.0 OK
 >.
 <.
@@ -386,6 +430,11 @@ differs: errors-counted last-word
 < 235 2.0.0 OK
 ? Auth-User: joe
 ? Auth-Pass:\x20
+differs: empty-password
+> AUTH PLAIN AGpvZQA=
+< 500 5.5.1 Invalid command
+^-
+?- *
 
 == smtp AUTH with bad base64
 @ smtp-errors
@@ -640,6 +689,19 @@ differs: disabled-external
 > MAIL FROM:<a@b>
 < 530 5.7.1 Authentication required
 ^-
+differs: errors-counted last-word
+> MAIL FROM:<a@b>
+< 530 5.7.1 Authentication required
+> RCPT TO:<a@b>
+< 503 5.5.1 Bad sequence of commands
+> MAIL
+< 530 5.7.1 Authentication required
+> DATA
+< 500 5.5.1 Invalid command
+> MAIL FROM:<a@b>
+< 530 5.7.1 Authentication required
+< 421 4.7.0 too many errors
+<.
 
 == smtp many refused MAIL commands are no errors
 @ smtp-errors
@@ -801,6 +863,13 @@ differs: errors-counted last-word
 < 250 2.1.5 recipient ok
 ? Auth-SMTP-From: MAIL whatever
 ? Auth-SMTP-To: RCPT nonsense
+differs: mail-syntax
+> MAIL whatever
+< 501 5.5.4 Invalid argument
+> RCPT nonsense
+< 503 5.5.1 Bad sequence of commands
+^-
+?- *
 
 == smtp none: the null sender and parameters
 @ smtp-none-off
@@ -819,6 +888,50 @@ differs: errors-counted last-word
 < 250 2.1.5 recipient ok
 ? Auth-SMTP-From: MAIL FROM:<\xc3\xa9@b>
 ? Auth-SMTP-To: RCPT TO:<c@\xff\td>
+differs: mail-syntax
+> MAIL FROM:<\xc3\xa9@b>
+< 550 5.6.7 Non-ASCII address needs SMTPUTF8
+> RCPT TO:<c@\xff\td>
+< 500 5.5.1 Invalid command
+^-
+?- *
+
+== smtp none: an address that is none, then one
+@ smtp-none-off
+> MAIL FROM:<a@b>
+< 250 2.0.0 OK
+> RCPT TO:<c d@e>
+< 250 2.1.5 recipient ok
+? Auth-SMTP-To: RCPT TO:<c d@e>
+^ HELO mx.test
+^ MAIL FROM:<a@b>
+^ RCPT TO:<c d@e>
+differs: mail-syntax
+> MAIL FROM:<a@b>
+< 250 2.0.0 OK
+> RCPT TO:<c d@e>
+< 501 5.5.4 Invalid argument
+^-
+?- *
+
+== smtp none: control octets in HELO
+@ smtp-none-off
+> HELO a\x01b
+< 250 mx.test
+> MAIL FROM:<a@b>
+< 250 2.0.0 OK
+> RCPT TO:<c@d>
+< 250 2.1.5 recipient ok
+? Auth-SMTP-Helo: a\x01b
+differs: auth-control-characters
+> HELO a\x01b
+< 500 5.5.1 Invalid command
+> MAIL FROM:<a@b>
+< 250 2.0.0 OK
+> RCPT TO:<c@d>
+< 250 2.1.5 recipient ok
+?- Auth-SMTP-Helo: a\x01b
+?+ Auth-SMTP-Helo:\x20
 
 == smtp none: sequence
 @ smtp-none
@@ -924,6 +1037,15 @@ auth: @OK
 ? Auth-Method: plain
 ? Auth-Method: none
 ? Auth-Login-Attempt: 2
+differs: old-credentials
+^ EHLO mx.test
+^ XCLIENT ADDR=$client NAME=[UNAVAILABLE]
+^ MAIL FROM:<a@b>
+^ RCPT TO:<c@d>
+?- Auth-User: joe
+?- Auth-Pass: secret
+?+ Auth-User:\x20
+?+ Auth-Pass:\x20
 
 == smtp none: a refused recipient and another
 @ smtp-none-off
@@ -959,6 +1081,12 @@ auth: Auth-Status: no such user | Auth-Error-Code: 550 5.1.1
 >| NOOP xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
 < 500 5.5.1 Invalid command
 <.
+differs: buffers
+>| NOOP xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+>| \r\n
+< 500 5.5.1 Invalid command
+> NOOP
+< 250 2.0.0 OK
 
 == smtp a line that just fits the buffer
 @ smtp-buffer
@@ -972,6 +1100,12 @@ auth: Auth-Status: no such user | Auth-Error-Code: 550 5.1.1
 < 250 2.0.0 OK
 < 500 5.5.1 Invalid command
 <.
+differs: buffers
+>| NOOP 1xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\r\nNOOP 2xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\r\nNOOP 3xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+< 250 2.0.0 OK
+< 250 2.0.0 OK
+>| \r\n
+< 250 2.0.0 OK
 
 == smtp the client says nothing
 @ smtp-timeout

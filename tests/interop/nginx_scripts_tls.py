@@ -95,6 +95,14 @@ TLS
 TLS
 > NOOP
 < 250 2.0.0 OK
+differs: arguments-refused
+> STARTTLS now
+< 501 5.5.4 Invalid argument
+> STARTTLS
+< 220 2.0.0 Start TLS
+TLS
+> NOOP
+< 250 2.0.0 OK
 
 == tls smtp commands behind STARTTLS are thrown away
 @ smtp-starttls
@@ -103,6 +111,10 @@ TLS
 TLS
 > HELO client.test
 < 250 mx.test
+differs: starttls-injection
+>| STARTTLS\r\nNOOP\r\n
+< 554 5.5.0 commands sent behind STARTTLS
+<.
 
 == tls smtp AUTH in clear text under starttls on
 @ smtp-starttls
@@ -291,6 +303,22 @@ TLS
 TLS
 > c NOOP
 < c OK completed
+differs: starttls-injection
+>| a STARTTLS\r\nb NOOP\r\n
+< * BYE commands sent behind STARTTLS
+<.
+
+== tls pop3 commands behind STLS are thrown away
+@ pop3-starttls
+>| STLS\r\nNOOP\r\n
+< +OK
+TLS
+> NOOP
+< +OK
+differs: starttls-injection
+>| STLS\r\nNOOP\r\n
+< -ERR commands sent behind STARTTLS
+<.
 
 == tls imap starttls only
 @ imap-only
@@ -328,7 +356,7 @@ TLS alpn=imap
 < TOP
 < USER
 < UIDL
-< SASL PLAIN LOGIN CRAM-MD5
+< SASL PLAIN LOGIN
 < STLS
 < .
 > STLS
@@ -339,7 +367,7 @@ TLS
 < TOP
 < USER
 < UIDL
-< SASL PLAIN LOGIN CRAM-MD5
+< SASL PLAIN LOGIN
 < .
 > STLS
 < -ERR invalid command
@@ -373,7 +401,7 @@ TLS
 < TOP
 < USER
 < UIDL
-< SASL PLAIN LOGIN CRAM-MD5
+< SASL PLAIN LOGIN
 < .
 
 == tls pop3 starttls only

@@ -64,6 +64,10 @@ up XCLIENT: 550 5.7.0 insufficient authorization
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
 < 550 5.7.0 insufficient authorization
 <.
+differs: upstream-farewell
+^ EHLO mx.test
+^ XCLIENT ADDR=$client LOGIN=joe NAME=[UNAVAILABLE]
+^ QUIT
 
 == upstream refuses the second hello
 @ smtp-pass
@@ -77,6 +81,18 @@ up EHLO: 501 5.5.4 bad name
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
 < 501 5.5.4 bad name
 <.
+differs: hello-refused
+> EHLO client.test
+< 250-mx.test
+< 250-SIZE 1000
+< 250-PIPELINING
+< 250 AUTH PLAIN LOGIN
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+^ EHLO mx.test
+^ XCLIENT ADDR=$client LOGIN=joe NAME=[UNAVAILABLE]
+^ EHLO client.test
+^ HELO client.test
 
 == upstream refuses EHLO
 @ smtp
@@ -85,6 +101,12 @@ up EHLO: 502 no
 < 451 4.3.2 Internal server error
 <.
 ^ EHLO mx.test
+differs: hello-refused
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+^ EHLO mx.test
+^ HELO mx.test
+^ XCLIENT ADDR=$client LOGIN=joe NAME=[UNAVAILABLE]
 
 == upstream greets with 554
 @ smtp
@@ -104,6 +126,8 @@ up GREETING: 554-no\r\n554 service
 < 554 service
 <.
 ^-
+differs: upstream-farewell
+^ QUIT
 
 == upstream greets with 421 and closes
 @ smtp
@@ -162,6 +186,20 @@ up GREETING:
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
 < 451 4.3.2 Internal server error
 <.
+
+== upstream is slow
+@ smtp-timeout
+up GREETING: $late220 up.test ESMTP
+up EHLO: $late250 up.test
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 451 4.3.2 Internal server error
+<.
+^ EHLO mx.test
+differs: upstream-clock
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+^ EHLO mx.test
+^ XCLIENT ADDR=$client LOGIN=joe NAME=[UNAVAILABLE]
 
 == upstream imap says nothing to LOGIN
 @ imap-timeout
@@ -240,6 +278,11 @@ up AUTH: 535 5.7.8 wrong
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
 < 451 4.3.2 Internal server error
 <.
+differs: upstream-farewell
+^ EHLO mx.test
+^ XCLIENT ADDR=$client NAME=[UNAVAILABLE]
+^ AUTH PLAIN AGpvZQBzZWNyZXQ=
+^ QUIT
 
 == upstream refuses the login, told
 @ smtp-pass-login
@@ -248,6 +291,11 @@ up AUTH: 535-5.7.8 wrong\r\n535 5.7.8 really
 < 535-5.7.8 wrong
 < 535 5.7.8 really
 <.
+differs: upstream-farewell
+^ EHLO mx.test
+^ XCLIENT ADDR=$client NAME=[UNAVAILABLE]
+^ AUTH PLAIN AGpvZQBzZWNyZXQ=
+^ QUIT
 
 == upstream none with proxy_smtp_auth
 @ smtp-none-login
@@ -270,6 +318,10 @@ up MAIL: 552 5.3.4 too large
 <.
 ^ HELO mx.test
 ^ MAIL FROM:<a@b>
+differs: upstream-farewell
+^ HELO mx.test
+^ MAIL FROM:<a@b>
+^ QUIT
 
 == upstream refuses MAIL, told
 @ smtp-pass-none
@@ -279,6 +331,11 @@ up MAIL: 452 4.2.2 full
 > RCPT TO:<c@d>
 < 452 4.2.2 full
 <.
+differs: upstream-farewell
+^ EHLO mx.test
+^ XCLIENT ADDR=$client NAME=[UNAVAILABLE]
+^ MAIL FROM:<a@b>
+^ QUIT
 
 == upstream refuses RCPT
 @ smtp-none-off
@@ -412,6 +469,9 @@ up LITERAL: t BAD no literals
 > t LOGIN joe secret
 < t BAD no literals
 <.
+differs: upstream-farewell
+^ t LOGIN {3}
+^ g1 LOGOUT
 
 == upstream pop3 refuses the greeting
 @ pop3
@@ -508,6 +568,22 @@ up SELECT: $tag OK done !half
 < u OK done
 <.
 
+== splice the client ends before the reply
+@ imap
+up SELECT: $late$tag OK done
+> t LOGIN joe secret
+< t OK logged in
+> u SELECT x
+>.
+<.
+differs: half-close
+> t LOGIN joe secret
+< t OK logged in
+> u SELECT x
+>.
+< u OK done
+<.
+
 == splice bare LF, NUL and long lines go as they are
 @ smtp-all
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
@@ -541,6 +617,23 @@ up SELECT: $tag OK done !half
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
 < 235 2.0.0 OK
 <.
+
+== splice proxy_timeout and a client that only reads
+@ smtp-idle
+up NOOP: 250-one\r\n$late250-two\r\n$late250 three
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+> NOOP
+< 250-one
+< 250-two
+<.
+differs: splice-clock
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+> NOOP
+< 250-one
+< 250-two
+< 250 three
 
 == splice a message over many buffers
 @ smtp-none-off

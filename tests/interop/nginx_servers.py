@@ -6,6 +6,7 @@ Each server has a name, by which scripts call it, and nothing in common with the
 from __future__ import annotations
 
 import datetime
+import socket
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -28,6 +29,20 @@ worker_shutdown_timeout 1s;
 pid $folder/nginx.pid;
 error_log $folder/error.log info;
 events { worker_connections 1024; }
+http {
+    access_log off;
+    client_body_temp_path $folder/t1; proxy_temp_path $folder/t2; fastcgi_temp_path $folder/t3;
+    uwsgi_temp_path $folder/t4; scgi_temp_path $folder/t5;
+    server {
+        listen 127.0.0.1:$port_http;
+        location = /in {
+            add_header Auth-Status OK;
+            add_header Auth-Server 127.0.0.1;
+            add_header Auth-Port $port_inside;
+            return 204;
+        }
+    }
+}
 mail {
     server_name mx.test;
     timeout 20s;
@@ -79,6 +94,8 @@ SMTP = {
     "smtp-dns": "resolver 127.0.0.1:$dns; resolver_timeout 1s; xclient on; smtp_auth plain none;",
     "smtp-dns-delay": "resolver 127.0.0.1:$dns; resolver_timeout 1s; smtp_greeting_delay 100ms;",
     "smtp-unix": "smtp_auth plain none;",
+    "smtp-range": "server_name range.test; listen 127.0.0.1:$port_range-$port_last;",
+    "smtp-local": "auth_http 127.0.0.1:$port_http/in; smtp_auth none; xclient off;",
     "smtp-six": "smtp_auth plain none;",
     "smtp-first": "server_name first.test; listen 127.0.0.1:$port_shared;",
     "smtp-second": "server_name second.test; listen 127.0.0.2:$port_shared;",
@@ -94,6 +111,7 @@ IMAP = {
     "imap-pass": "proxy_pass_error_message on;",
     "imap-errors": "max_errors 2;",
     "imap-timeout": "timeout 1s;",
+    "imap-local": "auth_http 127.0.0.1:$port_http/in;",
     "imap-buffer": "imap_client_buffer 256;",
     "imap-out": "proxy_protocol on;",
     "imap-trusted": "set_real_ip_from 127.0.0.0/8;",
@@ -103,7 +121,8 @@ POP3 = {
     "pop3": "",
     "pop3-all": "pop3_auth plain apop cram-md5 external; pop3_capabilities TOP USER 'EXPIRE NEVER';",
     "pop3-apop": "pop3_auth apop;",
-    "pop3-starttls": "starttls on; pop3_auth plain cram-md5;",
+    "pop3-starttls": "starttls on;",
+    "pop3-cram": "pop3_auth plain cram-md5;",
     "pop3-only": "starttls only;",
     "pop3s": "",
     "pop3-pass": "proxy_pass_error_message on;",
@@ -131,7 +150,7 @@ CERTIFICATES = {
 
 SERVERS = {**SMTP, **IMAP, **POP3, **CERTIFICATES}
 PROXIED = ("smtp-trusted", "smtp-untrusted", "smtp-in-out", "imap-trusted", "pop3-trusted")
-NAMES = {"smtp-name": "other.test", "smtp-first": "first.test", "smtp-second": "second.test"}
+NAMES = {"smtp-name": "other.test", "smtp-first": "first.test", "smtp-second": "second.test", "smtp-range": "range.test"}
 
 
 def protocol(server: str) -> str:
@@ -142,7 +161,7 @@ def protocol(server: str) -> str:
 def greeting(server: str) -> list[str]:
     """The lines with which a server greets."""
     host = NAMES.get(server, "mx.test")
-    challenge = f" <SALT1@{host}>" if server in ("pop3-all", "pop3-apop", "pop3-starttls") else ""
+    challenge = f" <SALT1@{host}>" if server in ("pop3-all", "pop3-apop", "pop3-cram") else ""
     return {
         "smtp": [f"220 {host} ESMTP ready"],
         "imap": ["* OK IMAP4 ready"],
@@ -162,11 +181,13 @@ class Site:
 
     def __post_init__(self) -> None:
         taken = {self.auth, self.dns}
-        for name in [*SERVERS, "shared"]:
+        for name in [*SERVERS, "shared", "http", "inside"]:
             while (port := free_port()) in taken:
                 pass
             taken.add(port)
             self.ports[name] = port
+        self.ports["range"] = _three_ports(taken)
+        self.ports["smtp-range"] = self.ports["last"] = self.ports["range"] + 2
         self._write_certificates()
         self.configuration.write_text(self._text())
 
@@ -188,7 +209,7 @@ class Site:
         text = HEAD + "".join(blocks) + "}\n"
         values = {
             "module": MODULE, "folder": self.folder, "auth": self.auth, "dns": self.dns,
-            "port_shared": self.ports["shared"],
+            **{f"port_{name}": self.ports[name] for name in ("shared", "http", "inside", "range", "last")},
         }  # fmt: skip
         for name, value in values.items():
             text = text.replace(f"${name}", str(value))
@@ -254,6 +275,19 @@ class Site:
         (self.folder / "crl.pem").write_bytes(
             builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         )
+
+
+def _three_ports(taken: set[int]) -> int:
+    """The first of three ports in a row that are free."""
+    while True:
+        first = free_port()
+        if not taken & {first, first + 1, first + 2} and all(map(_free, (first + 1, first + 2))):
+            return first
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def pointer_zone(address: str, kind: str) -> dict[str, dict[str, object]]:

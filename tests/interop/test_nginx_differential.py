@@ -17,6 +17,7 @@ from tests.interop import (
     nginx_scripts_listen,
     nginx_scripts_pop3,
     nginx_scripts_smtp,
+    nginx_scripts_stop,
     nginx_scripts_tls,
     nginx_scripts_upstream,
 )
@@ -36,6 +37,7 @@ BOOKS = [
     nginx_scripts_upstream.SCRIPTS,
     nginx_scripts_listen.SCRIPTS,
     nginx_scripts_tls.SCRIPTS,
+    nginx_scripts_stop.SCRIPTS,
 ]
 SCRIPTS = [script for book in BOOKS for script in parse(book)]
 NUMBERED = dict(enumerate(SCRIPTS))
@@ -63,7 +65,7 @@ def at_nginx(site: Site, request: pytest.FixtureRequest) -> dict[str, Outcome]:
 @pytest.fixture(scope="module")
 def at_gateway(site: Site, at_nginx: dict[str, Outcome], request: pytest.FixtureRequest) -> dict[str, Outcome]:
     """What the gateway did, on the same ports after nginx left them."""
-    return play(site, imported_gateway(site), _wanted(request), gateway=True)
+    return play(site, imported_gateway(site.folder, site.configuration), _wanted(request), gateway=True)
 
 
 @pytest.mark.parametrize("number", NUMBERED, ids=lambda number: SCRIPTS[number].name)

@@ -1,8 +1,8 @@
 """A mail server for tests that records every byte it is sent, and answers from a table: SMTP, IMAP or POP3.
 
 The table names a reply for each verb, or several that are taken in turn, the last one again and again; `GREETING` and
-`END` (of a message) count as verbs. A reply is bytes in which `$tag` stands for the tag of an IMAP command. Its end
-may say what follows it: ` !close`, ` !reset`, ` !half` (FIN, and goes on reading), ` !hang` (reads no more).
+`END` (of a message) count as verbs. A reply is bytes in which `$tag` stands for the tag of an IMAP command and
+`$late` for a pause. Its end may say what follows it: ` !close`, ` !reset`, ` !half` (FIN, and goes on reading), ` !hang` (reads no more).
 Replies that are not in the table are those of a server to which everything is welcome.
 """
 
@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from tests.peers.scripted import reset
+
+LATE = 0.7
+"""Seconds of a pause: shorter than a clock of one second, and two of them are longer."""
 
 Table = Mapping[str, Sequence[bytes]]
 
@@ -38,10 +41,11 @@ _LITERAL = re.compile(rb"\{(\d+)(\+?)\}\r?\n$")
 
 
 class RecordingUpstream:
-    """Listens on a free port of 127.0.0.1. `received`: the bytes of each connection; `arrived`: some came."""
+    """Listens on 127.0.0.1, on a free port if none is given. `received`: the bytes of each connection; `arrived`: some came."""
 
-    def __init__(self, protocol: str, replies: Table | None = None) -> None:
+    def __init__(self, protocol: str, replies: Table | None = None, port: int = 0) -> None:
         self._protocol = protocol
+        self.port = port
         self._replies = dict(replies or {})
         self._taken: dict[str, int] = {}
         self.received: list[bytearray] = []
@@ -49,7 +53,7 @@ class RecordingUpstream:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> RecordingUpstream:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=1 << 20)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, limit=1 << 20)
         self.port = int(self._server.sockets[0].getsockname()[1])
         return self
 
@@ -102,6 +106,10 @@ class RecordingUpstream:
             self.arrived.set()
             if line.startswith(b"PROXY ") and len(record) == len(line):
                 continue
+            if record == b"\r\n":  # so begins a PROXY header of version 2
+                record += await reader.readexactly(14)
+                record += await reader.readexactly(int.from_bytes(record[-2:], "big"))
+                continue
             while self._protocol == "imap" and (literal := _LITERAL.search(line)):
                 tag, verb = (tag, verb) if verb else _words(line, self._protocol)
                 if not literal[2] and not await self._say("LITERAL", b"", writer, reader, record, b"+ OK\r\n"):
@@ -133,8 +141,10 @@ class RecordingUpstream:
         """Send the reply of a verb and do what it says then; False ends the connection."""
         reply = usual if usual and verb not in self._replies else self._reply(verb)
         text, _, then = reply.partition(b" !")
-        writer.write(text.replace(b"$tag", tag))
-        await writer.drain()
+        for number, part in enumerate(text.replace(b"$tag", tag).split(b"$late")):
+            await asyncio.sleep(LATE if number else 0)
+            writer.write(part)
+            await writer.drain()
         match then:
             case b"close":
                 return False

@@ -102,7 +102,7 @@ def test_errors_write_nothing(tmp_path: Path) -> None:
     lenient = CliRunner().invoke(main, ["import-nginx", str(conf), "--lenient"])
     assert lenient.exit_code == 0
     assert f'{conf}:2: warning: unknown directive "smtp_future"' in lenient.stderr
-    assert f'# NOT IMPORTED: {conf}:2: unknown directive "smtp_future"' in lenient.stdout
+    assert f'NOT IMPORTED: {conf}:2: unknown directive "smtp_future"' in lenient.stdout.replace("\n# ", " ")
 
 
 def test_every_reply_has_a_name() -> None:

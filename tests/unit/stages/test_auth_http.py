@@ -33,6 +33,7 @@ from gateway.protocol.errors import PeerError
 from gateway.protocol.http1 import Response
 from gateway.protocol.proxy_header import ProxyHeader
 from gateway.relay.tls import TlsInfo
+from gateway.replies import Replies
 from stages.auth_http import AuthHttp, AuthHttpSettings, AuthServerError
 
 TIM = Password("", "tim", "tanstaaf", "PLAIN")
@@ -255,6 +256,41 @@ async def test_refused(answer: dict[str, str] | list[tuple[str, str]], reply: st
     assert verdict.cause is (Cause.AUTH_FAILED if verdict.reply.code >= 500 else Cause.AUTH_UNAVAILABLE)
 
 
+@pytest.mark.parametrize("protocol", ["imap", "pop3"])
+@pytest.mark.parametrize(
+    "answer", [{**GO, "Auth-Status": ""}, [*GO.items(), ("Auth-Status", "")], [("Auth-Status", ""), *GO.items()]]
+)
+@pytest.mark.anyio
+async def test_an_empty_status_is_an_error_to_stores(
+    protocol: str, answer: dict[str, str] | list[tuple[str, str]]
+) -> None:
+    session = Session("ID", "p", Listener("x", protocol=protocol), ("192.0.2.7", 50001), ("198.51.100.25", 25), 0.0)
+    refuse = await make_stage(Asked(answer)).auth(session, attempt(TIM))
+    assert isinstance(refuse, Refuse)
+    said = {"imap": "NO ", "pop3": "-ERR "}[protocol]
+    assert Replies(protocol).store(refuse, "ID") == said  # type: ignore[arg-type]
+    assert isinstance(await make_stage(Asked(answer)).auth(make_session(), attempt(TIM)), Authenticated)
+
+
+@pytest.mark.parametrize(
+    ("answer", "at_auth", "at_rcpt"),
+    [({}, "534 5.7.9 no", "534 5.7.9 no"), ({"Auth-Error-Code": "454"}, "454 no", "454 no")],
+)
+@pytest.mark.anyio
+async def test_the_code_of_an_error_without_one(answer: dict[str, str], at_auth: str, at_rcpt: str) -> None:
+    stage, session = make_stage(Asked({"Auth-Status": "no", **answer}), none=True, error_code="534 5.7.9"), make_session()
+    login, recipient = await stage.auth(session, attempt(TIM)), await stage.route(session, envelope(session))
+    for refuse, expected in ((login, at_auth), (recipient, at_rcpt)):
+        assert isinstance(refuse, Refuse) and refuse.reply is not None
+        assert f"{refuse.reply.code} {refuse.reply.text}" == expected
+
+
+@pytest.mark.parametrize("code", ["535 5.7.0 x", "250 2.0.0", "535 4.7.0", "", "no"])
+def test_what_is_no_error_code(code: str) -> None:
+    with pytest.raises(ValidationError, match="not the code of an error"):
+        make_stage(Asked(), error_code=code)
+
+
 @pytest.mark.anyio
 async def test_421_closes() -> None:
     verdict = await login({"Auth-Status": "go away", "Auth-Error-Code": "421 4.7.0"})
@@ -384,6 +420,29 @@ async def test_none_tells_what_the_client_said_not_what_became_of_it() -> None:
     assert fields["Auth-SMTP-From"] == b"MAIL FROM:<> SIZE=1"
     assert fields["Auth-SMTP-To"] == b'RCPT TO:<"x y"@example.org> NOTIFY=NEVER'
     assert fields["Auth-SMTP-Helo"] == b"h??Auth-Status: OK?"
+
+
+@pytest.mark.anyio
+async def test_a_user_of_the_server_s_goes_with_its_upstream() -> None:
+    session = make_session()
+    answers: list[dict[str, str]] = [{**GO, "Auth-User": "inner"}, {"Auth-Upstream": "vip", "Auth-User": "inner"}]
+    for answer in answers:
+        upstream = await make_stage(Asked(answer), none=True).route(session, envelope(session))
+        assert isinstance(upstream, Upstream) and upstream.identity == "inner" and "inner" not in repr(upstream)
+
+
+@pytest.mark.anyio
+async def test_a_field_with_several_values_is_sent_for_each() -> None:
+    asked = Asked(GO)
+    await make_stage(asked, headers={"X-A": ["1", "2"], "X-B": "3"}).auth(make_session(), attempt(TIM))
+    assert asked.questions[0][-3:] == [("X-A", b"1"), ("X-A", b"2"), ("X-B", b"3")]
+
+
+@pytest.mark.parametrize("values", [[], ["a\n"], ["a", 3], 3])
+def test_what_is_no_field(values: object) -> None:
+    with pytest.raises(ValidationError) as raised:
+        make_stage(Asked(), headers={"X-A": values})
+    assert len(raised.value.errors()) == 1
 
 
 @pytest.mark.parametrize(("per", "questions"), [("session", 1), ("transaction", 2), ("recipient", 4)])

@@ -38,6 +38,14 @@ def test_addresses(version: int, address: str, local: str, written: bytes) -> No
     assert peer.written == written and peer.speaks_for_client
 
 
+@pytest.mark.parametrize(("destination", "written"), [("received", b"203.0.113.9"), ("local", b"198.51.100.25")])
+def test_the_destination(destination: str, written: bytes) -> None:
+    session, peer = make_session(), ScriptedPeer()
+    session.local = "203.0.113.9", 587  # by a PROXY header
+    make_stage(version=1, destination=destination).upstream_connect(session, peer)
+    assert peer.written.split()[3] == written
+
+
 def test_version_2_tells_of_tls() -> None:
     session, peer = make_session(), ScriptedPeer()
     session.tls = tls_info("mail.example", b"der", verified=True)
