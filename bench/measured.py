@@ -19,7 +19,7 @@ class Measured:
     """One job's figures."""
 
     name: str
-    asked: float
+    asked: float | None
     unit: str
     nginx: list[float] = field(default_factory=list)
     gateway: list[float] = field(default_factory=list)
@@ -33,12 +33,12 @@ class Measured:
         """A row of a table: both figures, the range, the ratio asked for and the ratio."""
         return (
             f"| {self.name} | {self.unit} | {median(self.nginx):.3f} | {median(self.gateway):.3f} "
-            f"({min(self.gateway):.3f} to {max(self.gateway):.3f}) | {self.asked} | **{self.ratio:.2f}** |"
+            f"({min(self.gateway):.3f} to {max(self.gateway):.3f}) | {self.asked or 'none'} | **{self.ratio:.2f}** |"
         )
 
 
 def job(
-    name: str, asked: float, unit: str, per: float, peers: list[tuple[Process, Callable[[], None]]], rounds: int
+    name: str, asked: float | None, unit: str, per: float, peers: list[tuple[Process, Callable[[], None]]], rounds: int
 ) -> Measured:
     """Run the same job at both, in turn; figures are CPU seconds times `per`."""
     measured = Measured(name, asked, unit)
@@ -50,7 +50,7 @@ def job(
                 figures.append((process.cpu() - before) * per)
     print(
         f"{name}: nginx {median(measured.nginx):.3f} {unit}, gateway {median(measured.gateway):.3f} {unit}, "
-        f"ratio {measured.ratio:.2f} (asked {asked})",
+        f"ratio {measured.ratio:.2f} (asked {asked or 'none'})",
         flush=True,
     )
     return measured

@@ -249,7 +249,7 @@ class AuthHttp(Stage):
         if answer.error is not None:
             code = answer.code or self.settings.error_code or "535 5.7.0"
             cause = Cause.AUTH_FAILED if code[0] == "5" else Cause.AUTH_UNAVAILABLE
-            return self._refuse(cause, code, answer)
+            return self._refuse(session, cause, code, answer)
         user = _user(given) or answer.user
         if not user:
             raise AuthServerError("said OK without naming the user of a certificate (Auth-User)")
@@ -301,7 +301,7 @@ class AuthHttp(Stage):
         )
         if answer.error is not None:
             code = answer.code or self.settings.error_code or "550 5.7.1"
-            asked.verdict = self._refuse(Cause.POLICY, code, answer)
+            asked.verdict = self._refuse(session, Cause.POLICY, code, answer)
         else:
             asked.verdict = _upstream(answer, answer.user)
         asked.recipient = recipient
@@ -336,15 +336,16 @@ class AuthHttp(Stage):
             await self._sleep(pause)
         raise AuthServerError("said WAIT for too long")
 
-    def _refuse(self, cause: Cause, code: str, answer: Answer) -> Refuse:
-        """The server's error text as the client's reply, after Auth-Wait."""
+    def _refuse(self, session: Session, cause: Cause, code: str, answer: Answer) -> Refuse:
+        """The server's error text as the client's reply, after Auth-Wait. Only SMTP's clients read the code."""
         reply = Reply.of(f"{code} {answer.error}")
+        ends = reply.code in (421, 521) and session.protocol in ("smtp", "lmtp")
         return Refuse(
             cause,
             temporary=reply.code < 500,
             reply=reply,
             hold=min(answer.seconds, HOLD_SECONDS),
-            disconnect=reply.code in (421, 521) or (self.settings.close_without_wait and not answer.seconds),
+            disconnect=ends or (self.settings.close_without_wait and not answer.seconds),
         )
 
     def _tls(self, session: Session) -> Fields:

@@ -35,4 +35,4 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mail-gateway", prog_name="gateway")
 def main() -> None:
-    """A mail gateway: SMTP connections pass a chain of stages and end at the upstream server."""
+    """A mail gateway: SMTP, LMTP, IMAP and POP3 connections pass a chain of stages and end at the upstream server."""

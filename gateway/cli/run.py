@@ -39,10 +39,12 @@ def command(paths: tuple[str, ...], loop_name: str, pid_file: Path | None) -> No
     compiled, loaded = plans(paths)
     process = loaded.process
     from gateway.observe import logs
+    from gateway.service.heap import keep_heap
     from gateway.service.listening import StartError
     from gateway.service.worker import Worker
 
     set_up(compiled, loaded)
+    keep_heap()
     worker = Worker(compiled, process.state_directory)
     try:
         with contextlib.ExitStack() as stack:

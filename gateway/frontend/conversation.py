@@ -441,7 +441,8 @@ class Conversation(ABC):
 
     def end_if_told(self, refuse: Refuse, reply: Reply) -> None:
         """After a refusal that disconnects, and after any 421 (RFC 5321 3.8), the session ends. Raises Closing."""
-        if refuse.disconnect or reply.code == 421 or refuse.cause in self.served.disconnect_on:
+        answers_421 = reply.code == 421 and self.replies.family == "smtp"
+        if refuse.disconnect or answers_421 or refuse.cause in self.served.disconnect_on:
             raise Closing(refuse.cause.value)
 
     async def join(self, connection: UpstreamConnection) -> None:
@@ -470,11 +471,16 @@ class Conversation(ABC):
         if joined is None:
             return
         left = joined.last_progress + GOODBYE_QUIET - loop.time()
-        its_turn = joined.last_from is None or (joined.last_from == "upstream" and joined.last_byte == LF)
-        if its_turn and left <= 0:
-            joined.goodbye(self.farewell(Refuse(Cause.SHUTDOWN)))
-        else:
+        if left > 0 or not self.part_now():
             loop.call_later(max(left, GOODBYE_QUIET / 4), self._part_joined)
+
+    def part_now(self) -> bool:
+        """The goodbye of a joined session, if nothing would be torn apart by it; whether it was said."""
+        joined = self.joined
+        if joined is None or not (joined.last_from is None or (joined.last_from, joined.last_byte) == ("upstream", LF)):
+            return False
+        joined.goodbye(self.farewell(Refuse(Cause.SHUTDOWN)))
+        return True
 
     # -- the end --------------------------------------------------------------------------------------------
 

@@ -107,8 +107,8 @@ class ImapConversation(StoreConversation):
             self.refuse_bare_lf()
             if self.transcript is not None and reader.pending:
                 self.transcript.from_client_secret()
-            elif self.transcript is not None:  # a tag that looks like a command would show what stands behind it
-                self.transcript.from_client(line.partition(b" ")[2])
+            elif self.transcript is not None:
+                self.transcript.from_client(line)
             step = reader.line(line)
             if isinstance(step, imap.Command):
                 return step

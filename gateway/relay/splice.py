@@ -219,7 +219,7 @@ class Splice:
 
     def _start(self) -> None:
         for flow in (self._up, self._down):
-            flow.source.set_deadline(None)
+            flow.source.drop_deadline()
             flow.source.on_data = flow.source.on_gone = None
             flow.source.relay = flow
         for flow in (self._up, self._down):

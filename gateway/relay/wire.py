@@ -338,6 +338,13 @@ class Wire(asyncio.Protocol):
             self._timer.cancel()
         self._timer = self._loop.call_at(deadline, self._tick)
 
+    def drop_deadline(self) -> None:
+        """No wait ends by time, and none will for long: not even the timer stays."""
+        self.set_deadline(None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     # -- writing
 
     def write(self, data: bytes) -> None:

@@ -44,7 +44,7 @@ log = structlog.get_logger("gateway.worker")
 ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # no 0, O, 1, I: ids are read out on the telephone
 ID_LETTERS = ID_ALPHABET * 8  # a letter for each octet
 LEARN_TIMEOUT = 5.0
-SWEEP_SECONDS = 1.0
+GOODBYE_SECONDS = 1.0
 
 
 CONVERSATIONS: dict[str, type[SmtpConversation] | type[ImapConversation] | type[Pop3Conversation]] = {
@@ -239,6 +239,9 @@ class ServedPipeline:
             conversation.drain()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace)
+        parting = [conversation.part_now() for conversation in tuple(self.conversations)]  # the time is up
+        if any(parting):
+            await asyncio.wait(self.tasks, timeout=GOODBYE_SECONDS)
         for task in tuple(self.tasks):
             task.cancel()
         if self.tasks:

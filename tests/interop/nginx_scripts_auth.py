@@ -484,6 +484,9 @@ auth= HTTP/1.0 200 OK\r\nAuth-Status: OK\r\n !hang
 ? X-B: two words
 ? X-A: 2
 ?! X-Key
+differs: auth-header-order
+?- X-A: 2
+?+ X-A: 2
 
 == auth a URL without a path
 @ smtp-root

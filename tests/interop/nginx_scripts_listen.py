@@ -224,7 +224,11 @@ silent
 > AUTH PLAIN AGpvZQBzZWNyZXQ=
 < 235 2.0.0 OK
 ? Client-IP: $claimed6
-^~
+^ PROXY TCP6 $claimed6 127.0.0.1 4711 $listener
+^ HELO mx.test
+differs: proxy-mixed
+^ PROXY TCP6 $claimed6 ::ffff:7f00:1 4711 $listener
+^ HELO mx.test
 
 == dns a verified name
 @ smtp-dns

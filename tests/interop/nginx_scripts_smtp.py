@@ -841,6 +841,10 @@ differs: errors-counted last-word
 ^ EHLO mx.test
 ^ MAIL FROM:<a@b>
 ^ RCPT TO:<c@d>
+differs: hello-last
+^ HELO mx.test
+^ MAIL FROM:<a@b>
+^ RCPT TO:<c@d>
 
 == smtp none: lines go as they were typed
 @ smtp-none
@@ -854,6 +858,15 @@ differs: errors-counted last-word
 ^ XCLIENT ADDR=$client NAME=[UNAVAILABLE]
 ^ mail  from:<a@b>   SIZE=1
 ^ rcpt TO: c@d X
+differs: mail-spelling
+^ EHLO mx.test
+^ XCLIENT ADDR=$client NAME=[UNAVAILABLE]
+^ MAIL FROM:<a@b> SIZE=1
+^ RCPT TO:<c@d> X
+?- Auth-SMTP-From: mail  from:<a@b>   SIZE=1
+?- Auth-SMTP-To: rcpt TO: c@d X
+?+ Auth-SMTP-From: MAIL FROM:<a@b> SIZE=1
+?+ Auth-SMTP-To: RCPT TO:<c@d> X
 
 == smtp none: addresses are not looked at
 @ smtp-none-off

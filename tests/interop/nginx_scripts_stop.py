@@ -22,6 +22,9 @@ stop
 stop
 late
 late
+late
+late
+late
 > a NOOP
 < a OK completed
 differs: shutdown-answered
@@ -36,6 +39,9 @@ stop
 > NOOP
 < +OK
 stop
+late
+late
+late
 late
 late
 > NOOP
@@ -54,6 +60,12 @@ stop
 stop
 <.
 ^ HELO mx.test
+differs: shutdown-answered
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+stop
+< 421 4.3.2 service shutting down
+<.
 
 == stop smtp while mail is on its way
 @ smtp-none-off
@@ -79,6 +91,12 @@ stop
 ^ t LOGIN {3}
 ^ joe {6}
 ^ secret
+differs: shutdown-answered
+> t LOGIN joe secret
+< t OK logged in
+stop
+< * BYE [UNAVAILABLE] service shutting down
+<.
 
 == stop pop3 that is joined
 @ pop3
@@ -90,4 +108,88 @@ stop
 <.
 ^ USER joe
 ^ PASS secret
+differs: shutdown-answered
+> USER joe
+< +OK
+> PASS secret
+< +OK logged in
+stop
+< -ERR [SYS/TEMP] service shutting down
+<.
+
+== stop smtp that is joined and said something
+@ smtp-all
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+> NOOP
+< 250 2.0.0 up ok
+stop
+<.
+differs: shutdown-answered
+> AUTH PLAIN AGpvZQBzZWNyZXQ=
+< 235 2.0.0 OK
+> NOOP
+< 250 2.0.0 up ok
+stop
+< 421 4.3.2 service shutting down
+<.
+
+== stop imap that is joined and idle
+@ imap
+up IDLE: + idling
+> t LOGIN joe secret
+< t OK logged in
+> u IDLE
+< + idling
+stop
+<.
+differs: shutdown-answered
+> t LOGIN joe secret
+< t OK logged in
+> u IDLE
+< + idling
+stop
+< * BYE [UNAVAILABLE] service shutting down
+<.
+
+== stop pop3 that is joined and said something
+@ pop3
+> USER joe
+< +OK
+> PASS secret
+< +OK logged in
+> STAT
+< +OK up ok
+stop
+<.
+differs: shutdown-answered
+> USER joe
+< +OK
+> PASS secret
+< +OK logged in
+> STAT
+< +OK up ok
+stop
+< -ERR [SYS/TEMP] service shutting down
+<.
+
+== stop imap within a reply
+@ imap
+up FETCH: $late* 1 FETCH ()\r\n$tag OK done
+> t LOGIN joe secret
+< t OK logged in
+> u FETCH 1 ALL
+stop
+< * 1 FETCH ()
+< u OK done
+<.
+differs: shutdown-answered
+> t LOGIN joe secret
+< t OK logged in
+> u FETCH 1 ALL
+stop
+< * 1 FETCH ()
+< u OK done
+< * BYE [UNAVAILABLE] service shutting down
+<.
 """

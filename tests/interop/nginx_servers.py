@@ -25,7 +25,7 @@ load_module $module;
 daemon off;
 user root;
 worker_processes 1;
-worker_shutdown_timeout 1s;
+worker_shutdown_timeout 3s;
 pid $folder/nginx.pid;
 error_log $folder/error.log info;
 events { worker_connections 1024; }

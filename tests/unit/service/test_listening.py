@@ -212,6 +212,7 @@ def test_all_are_closed_where_one_cannot_be_bound(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(StartError, match="Address already in use"):
             bound(plan("mail.test", port))
         with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # somebody may be connected from that port
             again.bind(("127.0.0.1", port))
 
 
