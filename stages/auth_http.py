@@ -337,9 +337,11 @@ class AuthHttp(Stage):
         raise AuthServerError("said WAIT for too long")
 
     def _refuse(self, session: Session, cause: Cause, code: str, answer: Answer) -> Refuse:
-        """The server's error text as the client's reply, after Auth-Wait. Only SMTP's clients read the code."""
+        """The server's error text as the client's reply, after Auth-Wait. IMAP and POP3 have no codes that close."""
+        ends = code[:3] in ("421", "521") and session.protocol in ("smtp", "lmtp")
+        if code[:3] in ("421", "521") and not ends:
+            code = "454 4.7.0" if code[0] == "4" else "535 5.7.0"
         reply = Reply.of(f"{code} {answer.error}")
-        ends = reply.code in (421, 521) and session.protocol in ("smtp", "lmtp")
         return Refuse(
             cause,
             temporary=reply.code < 500,

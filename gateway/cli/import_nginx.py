@@ -24,9 +24,9 @@ def command(file: Path, output: Path | None, lenient: bool, prefix: Path | None)
     """
     imported = import_file(file, lenient=lenient, prefix=prefix)
     for warning in imported.warnings:
-        click.echo(f"{warning.file}:{warning.line}: warning: {warning.text}", err=True)
+        click.echo(f"{warning.place}: warning: {warning.text}", err=True)
     for error in imported.errors:
-        click.echo(f"{error.file}:{error.line}: error: {error.text}", err=True)
+        click.echo(f"{error.place}: error: {error.text}", err=True)
     if imported.errors:
         raise SystemExit(1)
     if output is None:
@@ -44,7 +44,11 @@ def _write(imported: Imported, folder: Path) -> None:
     if taken:
         click.echo(f"{folder / taken[0]}: error: is there already; choose another folder, or remove it", err=True)
         raise SystemExit(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        click.echo(str(folder / name))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            click.echo(str(folder / name))
+    except OSError as error:
+        click.echo(f"{error.filename or folder}: error: cannot be written ({error.strerror})", err=True)
+        raise SystemExit(1) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import replace
 from time import time
 from typing import TYPE_CHECKING
 
@@ -210,6 +211,7 @@ async def _answer_failure(
     conversation.write(conversation.answer(refuse, reply))
     conversation.refusals += 1
     conversation.tell_refused(refuse, "auth", stage, reply)  # its record is `auth_failure`
-    conversation.end_if_told(refuse, reply)
+    in_its_words = refuse.reply is not None and stage != "upstream"  # a verifier's verdict, whatever its code
+    conversation.end_if_told(replace(refuse, cause=Cause.AUTH_FAILED) if in_its_words else refuse, reply)
     if session.auth_failures >= limits.auth_failures:
         await conversation.refuse_and_close(Refuse(Cause.AUTH_TOO_MANY, disconnect=True), "auth")

@@ -62,6 +62,8 @@ class Local:
 
 def parse(text: str) -> Url:
     """The argument of `auth_http`. Raises Invalid."""
+    if text[:8].lower() == "https://":
+        raise Invalid(f'auth_http "{text}": only HTTP is spoken, in nginx too; write http:// and a server that has it')
     rest = text[7:] if text[:7].lower() == "http://" else text
     if rest.startswith("unix:"):
         path, _, uri = rest.removeprefix("unix:").partition(":")

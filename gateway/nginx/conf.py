@@ -57,8 +57,13 @@ class Finding:
     text: str
     kind: str  # "fatal", "unequal" or "warning"
 
+    @property
+    def place(self) -> str:
+        """file:line, or the file where no line of it is meant."""
+        return f"{self.file}:{self.line}" if self.line else self.file
+
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.text}"
+        return f"{self.place}: {self.text}"
 
 
 class Findings:

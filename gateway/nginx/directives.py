@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from gateway.config.problems import did_you_mean
 from gateway.nginx import values
 from gateway.nginx.conf import Directive, Findings
 from gateway.nginx.values import Invalid
@@ -155,7 +156,9 @@ def check_level(block: tuple[Directive, ...], context: Context, findings: Findin
         rule = RULES.get(directive.name)
         if rule is None:
             if context != "main":
-                findings.unequal(directive, f'unknown directive "{directive.name}"')
+                near = did_you_mean(directive.name, [name for name in RULES if context in RULES[name].contexts])
+                text = f'unknown directive "{directive.name}"'
+                findings.unequal(directive, f"{text}; {near}" if near else text)
             continue
         wrong = _wrong(directive, rule, context)
         if wrong:

@@ -200,7 +200,7 @@ def _trust(server: Server, setting: Setting, written: Map) -> None:
         comments.append(str(directive))
         networks += _networks(server, directive, setting)
     tcp = [entry for entry in expecting if not entry.path]
-    if tcp and not networks:
+    if tcp and not networks and not comments:
         server.findings.unequal(
             tcp[0].directive,
             "listen: proxy_protocol without set_real_ip_from: nginx takes PROXY headers from everybody and only tells "

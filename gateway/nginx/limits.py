@@ -81,8 +81,10 @@ def _sessions(main: Main) -> tuple[int, str]:
     ]
     connections = _number(found[-1] if found else None, 512)
     workers = _number(main.one("worker_processes"), 1)
-    comment = f"{found[-1]} two a session, in each worker" if found else ""
-    return max(SESSIONS, connections * max(workers, 1) // 2), comment
+    allowed = connections * max(workers, 1) // 2
+    if allowed <= SESSIONS:
+        return SESSIONS, f"{found[-1]} allows fewer" if found else ""
+    return allowed, f"{found[-1]} two a session, in each worker" if found else ""
 
 
 def _number(directive: Directive | None, default: int) -> int:

@@ -98,7 +98,8 @@ def merge(directives: tuple[Directive, ...], path: str, findings: Findings) -> t
     main = check_level(directives, "main", findings)
     blocks = main.get("mail", [])
     if not blocks:
-        findings.unreadable(path, 0, "there is no mail {} in this file")
+        if not findings.all("fatal"):  # else it may stand in what could not be read
+            findings.unreadable(path, None, "there is no mail {} in this file or in what it includes")
         return Main(main, directives), []
     level = check_level(blocks[0].block or (), "mail", findings)
     servers: list[Server] = []

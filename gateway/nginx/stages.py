@@ -91,7 +91,7 @@ class Stages:
                 if self.local is not None:
                     self._keep_http(directive, self.local)
                 return [self._auth_http(directive)]
-            return [Map().put("auth_relay", Map(), str(proxy_pass))] if server.relays_auth else [self._route()]
+            return [self._auth_relay(proxy_pass)] if server.relays_auth else [self._route()]
         assert directive is not None
         if self.local is None:
             return [self._auth_http(directive)]
@@ -112,6 +112,19 @@ class Stages:
         if server.protocol == "smtp":
             verify.put("if_missing", "send")
         return [Map().put("upstream_auth", verify, str(directive))]
+
+    def _auth_relay(self, proxy_pass: Directive) -> Map:
+        """AUTH is the upstream's, with the mechanisms that are listed, if any are."""
+        name = f"{self.server.protocol}_auth"
+        listed = [method.upper() for method in dict.fromkeys(self.methods) if method in ("plain", "login", "cram-md5")]
+        settings, comment = Map(), str(proxy_pass)
+        if self.server.written(name):
+            settings.put("mechanisms", listed, self.server.comment(name))
+            others = [method for method in self.methods if method.upper() not in listed]
+            if others:
+                text = f"{name}: {', '.join(others)} cannot be left to the upstream of proxy_pass"
+                self.server.findings.unequal(self.server.written(name)[-1], text)
+        return Map().put("auth_relay", settings, comment)
 
     def _route(self) -> Map:
         """Everybody to the one upstream; at the first recipient, as nginx, which answers EHLO and MAIL itself."""

@@ -21,13 +21,13 @@ Lookup = Callable[[str], Sequence[str]]
 
 
 class Invalid(ValueError):
-    """A value that nginx refuses; the text is nginx's."""
+    """A value that nginx refuses; the text begins with nginx's."""
 
 
 def seconds(text: str) -> float:
     """Seconds of `1m30s`, `500ms`, `2w 3d`, `60`: units in falling order, each once. Raises Invalid."""
     if not text.strip() or not _TIME.fullmatch(text):
-        raise Invalid("invalid value")
+        raise Invalid(f'invalid value "{text}", times are written 500ms, 30s, 1m30s, 1h, 1d')
     return round(sum(int(number) * _SECONDS[unit] for number, unit in _PART.findall(text)), 3)
 
 
@@ -35,14 +35,14 @@ def size(text: str) -> int:
     """Octets of `4k`, `1m`, `4096`. Raises Invalid."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise Invalid("invalid value")
+        raise Invalid(f'invalid value "{text}", sizes are written 4096, 4k, 1m')
     return int(match[1]) * _OCTETS[match[2].lower()]
 
 
 def number(text: str) -> int:
     """A whole number. Raises Invalid."""
     if not re.fullmatch(r"\d{1,15}", text):
-        raise Invalid("invalid number")
+        raise Invalid(f'invalid number "{text}"')
     return int(text)
 
 

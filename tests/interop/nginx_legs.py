@@ -69,9 +69,9 @@ def play(site: Site, program: Process, numbered: Mapping[int, Script], gateway: 
     Those in which it is told to stop have a run of their own.
     """
 
-    async def run(numbered: Mapping[int, Script]) -> dict[str, Outcome]:
+    async def run(numbered: Mapping[int, Script], at_once: int) -> dict[str, Outcome]:
         program.output.unlink(missing_ok=True)  # it says there that it is ready
-        async with _stage(site, program, gateway, len(numbered)) as stage:
+        async with _stage(site, program, gateway, at_once) as stage:
             await asyncio.to_thread(program.start)
             try:
                 jobs = [_played(stage, number, script) for number, script in numbered.items()]
@@ -84,7 +84,7 @@ def play(site: Site, program: Process, numbered: Mapping[int, Script], gateway: 
     outcomes: dict[str, Outcome] = {}
     for stops in (False, True):
         wanted = {number: script for number, script in numbered.items() if script.stops == stops}
-        outcomes |= asyncio.run(run(wanted)) if wanted else {}
+        outcomes |= asyncio.run(run(wanted, len(wanted) if stops else AT_ONCE)) if wanted else {}
     return outcomes
 
 
@@ -105,13 +105,13 @@ def imported_gateway(folder: Path, configuration: Path) -> GatewayProcess:
 
 
 @asynccontextmanager
-async def _stage(site: Site, program: Process, gateway: bool, scripts: int) -> AsyncIterator[Stage]:
+async def _stage(site: Site, program: Process, gateway: bool, at_once: int) -> AsyncIterator[Stage]:
     async with (
         RecordingAuthServer(site.auth, site.folder / "auth.sock") as auth,
         DnsServer(listen=("127.0.0.1", site.dns)) as names,
     ):
-        places = asyncio.Semaphore(AT_ONCE)
-        yield Stage(site, auth, names, program, gateway, asyncio.Lock(), places, asyncio.Barrier(scripts))
+        places, stopping = asyncio.Semaphore(at_once), asyncio.Barrier(at_once)
+        yield Stage(site, auth, names, program, gateway, asyncio.Lock(), places, stopping)
 
 
 async def _played(stage: Stage, number: int, script: Script) -> Outcome:

@@ -85,7 +85,7 @@ def test_gateway_does_as_nginx(
 
 
 def test_there_are_many_scripts_of_each_kind() -> None:
-    assert len(SCRIPTS) >= 150
+    assert len(SCRIPTS) >= 450
     assert len({script.name for script in SCRIPTS}) == len(SCRIPTS)
     assert {script.server for script in SCRIPTS} == set(SERVERS)
     for script in SCRIPTS:
