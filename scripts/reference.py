@@ -19,7 +19,7 @@ from gateway.config import listen, log_settings, models, resolver, tls_settings
 from gateway.facts import BUILT_IN, Fact
 from gateway.limits import Limits
 from gateway.observe.records import RECORDS
-from gateway.pipeline.compile import hook_names
+from gateway.pipeline.asked import hook_names
 from gateway.pipeline.conditions import FUNCTIONS
 from gateway.pipeline.reference import settings_rows
 from gateway.pipeline.registry import GROUP, Registry
@@ -256,7 +256,13 @@ What a method answers, from `gateway`. Which may be given where stands in the si
 failure of the stage, for which `on_error` has the verdict.
 """
 
-OBJECTS: tuple[tuple[str, type], ...] = (("worker", Worker), ("attempt", Attempt), ("peer", Peer), ("step", SaslStep), ("outcome", Outcome))
+OBJECTS: tuple[tuple[str, type], ...] = (
+    ("worker", Worker),
+    ("attempt", Attempt),
+    ("peer", Peer),
+    ("step", SaslStep),
+    ("outcome", Outcome),
+)
 
 
 def hooks() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gateway.cli.loading import plans
-from gateway.pipeline.compile import Plan, Row
+from gateway.pipeline.plan import Plan, Row
 
 
 @click.command()

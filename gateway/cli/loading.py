@@ -10,7 +10,8 @@ import click
 
 from gateway.config.load import Loaded, load
 from gateway.config.problems import ConfigError, Problem
-from gateway.pipeline.compile import Plan, compile_pipeline
+from gateway.pipeline.compile import compile_pipeline
+from gateway.pipeline.plan import Plan
 from gateway.pipeline.registry import Registry
 
 

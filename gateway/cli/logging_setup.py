@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gateway.config.load import Loaded
     from gateway.config.log_settings import LogSinks
     from gateway.observe.sinks import Sink
-    from gateway.pipeline.compile import Plan
+    from gateway.pipeline.plan import Plan
 
 
 def set_up(compiled: Sequence[Plan], loaded: Loaded) -> None:

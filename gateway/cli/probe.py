@@ -10,7 +10,7 @@ import click
 
 from gateway.cli.loading import fail, plans
 from gateway.observe.logs import configure
-from gateway.pipeline.compile import Plan
+from gateway.pipeline.plan import Plan
 from gateway.service.worker import StageWorker
 from gateway.session import Client, Listener, Session
 from gateway.state.memory import MemoryStore

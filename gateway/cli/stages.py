@@ -8,7 +8,7 @@ import click
 
 from gateway.cli.loading import fail
 from gateway.facts import BUILT_IN
-from gateway.pipeline.compile import hook_names
+from gateway.pipeline.asked import hook_names
 from gateway.pipeline.reference import SettingRow, settings_rows
 from gateway.pipeline.registry import Registry, StageError
 from gateway.stage import Stage

@@ -7,126 +7,43 @@ its place. The result says how far the conversation must be read (the grade) and
 from __future__ import annotations
 
 import inspect
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import BaseModel
 
 from gateway import hookspecs
 from gateway.config.documents import Document
-from gateway.config.listen import Keepalive
-from gateway.config.listen import Listener as ListenerModel
 from gateway.config.load import validate_settings
-from gateway.config.models import Health, Pipeline, ServerSettings, Spool, StageEntry, Table
-from gateway.config.models import Pool as PoolModel
+from gateway.config.models import Pipeline, StageEntry, Table
 from gateway.config.problems import ConfigError, Loc, Problem, did_you_mean, written_loc
-from gateway.config.resolver import ResolverSettings
 from gateway.config.tls_settings import Tls
-from gateway.facts import BUILT_IN, Expression, Fact, Phase, PoolName
+from gateway.facts import BUILT_IN, Expression, Fact, Phase
 from gateway.frontend.served import HandOff, Networks
-from gateway.limits import Limits
 from gateway.pipeline import registry
+from gateway.pipeline.asked import PHASE_NAMES, found_in, hook_names, implemented, login_required, needed_phases
 from gateway.pipeline.chain import Call, Chain, Step, bound_hook, route_phase
+from gateway.pipeline.checks import FAMILY, POSTPONED, LoadChecks
 from gateway.pipeline.conditions import FUNCTIONS, ConditionError, Conditions
+from gateway.pipeline.plan import (
+    OTHER_GRACE,
+    ListenerPlan,
+    Plan,
+    Row,
+    listener_plans,
+    pool_settings,
+    server_settings,
+)
 from gateway.pipeline.server_context import server_context
 from gateway.relay.tls import ServerContext, TlsConfigError
-from gateway.replies import FAMILIES, Family, Replies
+from gateway.replies import FAMILIES, Replies
 from gateway.stage import Kind, Settings, Stage
 from gateway.tables import ListFile
-from gateway.upstream.pool import PoolSettings
-from gateway.upstream.prelude import ErrorMessages
 from gateway.verdicts import Cause
 
-FoundT = TypeVar("FoundT")
-POSTPONED = (Phase.CONNECT, Phase.GREETING, Phase.HELO)
 CAUGHT_UP = (Phase.CONNECT, Phase.SECURE, Phase.GREETING, Phase.HELO, Phase.MAIL, Phase.RCPT)
-FAMILY = {"smtp": "smtp", "lmtp": "smtp", "imap": "imap", "pop3": "pop3"}
-MAIL_HOOKS = frozenset(("helo", "mail", "rcpt", "data", "message", "edits", "upstream_mail"))
-LOGIN_GRACE, OTHER_GRACE = 45.0, 240.0
-
-
-@dataclass(frozen=True, slots=True)
-class ListenerPlan:
-    """One listener, ready to bind."""
-
-    url: str
-    name: str
-    host: str
-    port: int
-    path: str
-    implicit_tls: bool
-    proxy_protocol: bool
-    capabilities: dict[str, str] | None = None
-    tls: ServerContext | None = None
-    protocol: str = "smtp"
-    starttls: bool = True
-    backlog: int = 511
-    ipv6only: bool = True
-    keepalive: Keepalive | None = field(default_factory=Keepalive)
-    rcvbuf: int | None = None
-    sndbuf: int | None = None
-    multipath: bool = False
-
-
-@dataclass(slots=True)
-class Plan:
-    """A pipeline, compiled. `grade`: opaque, envelope or content; `reason` says why; `rows` is the table of `check`."""
-
-    name: str
-    hostname: str
-    listeners: list[ListenerPlan]
-    chain: Chain
-    limits: Limits
-    pools: dict[str, PoolSettings]
-    default_pool: str
-    hand_off: HandOff
-    grade: str
-    reason: str
-    rows: list[Row]
-    dynamic_pool: PoolSettings = field(default_factory=PoolSettings)
-    trust_proxy: Networks = field(default_factory=Networks)
-    trust_xclient: Networks = field(default_factory=Networks)
-    debug_clients: Networks = field(default_factory=Networks)
-    allow_plaintext_auth: bool = False
-    auth_required: bool = False
-    login_decides: bool = False
-    line_endings: str = "by_trust"
-    nul: str = "pass"
-    spool: Spool = field(default_factory=Spool)
-    soft_bounce: bool = False
-    reply_id: bool = True
-    always_hand_off: bool = False
-    sends_proxy_header: bool = False
-    max_received: int = 0
-    end_of_data: float = OTHER_GRACE
-    trust_clients: Networks = field(default_factory=Networks)
-    certificate_required: bool = False
-    resolvers: list[tuple[str, int]] = field(default_factory=list)
-    resolver: ResolverSettings = field(default_factory=ResolverSettings)
-    replies: dict[Family, Replies] = field(default_factory=dict)
-    disconnect_on: frozenset[Cause] = frozenset()
-    bare_lf: bool = False
-    unauthorized_pipelining: bool = False
-    helo_required: bool = True
-    pass_error_message: ErrorMessages = "auto"
-    hand_off_at_login: bool = False
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A line of `gateway check`."""
-
-    stage: str
-    kind: str
-    phases: str
-    when: str
-    mode: str
-    provides: str
-    requires: str
+LOGIN_GRACE = 45.0  # seconds after the end of data, on listeners with a required login
 
 
 def compile_pipeline(pipeline: Pipeline, document: Document, known: registry.Registry) -> Plan:
@@ -134,19 +51,8 @@ def compile_pipeline(pipeline: Pipeline, document: Document, known: registry.Reg
     return _Compiler(pipeline, document, known).plan()
 
 
-class _Compiler:
+class _Compiler(LoadChecks):
     """One use: walks the document once and collects problems."""
-
-    def __init__(self, pipeline: Pipeline, document: Document, known: registry.Registry) -> None:
-        self.pipeline = pipeline
-        self.document = document
-        self.registry = known
-        self.problems: list[Problem] = []
-        self.entries: list[tuple[StageEntry, Stage]] = []
-        self.when: dict[Stage, Expression] = {}
-
-    def problem(self, loc: Loc, text: str, suggestion: str = "", *, key: bool = False) -> None:
-        self.problems.append(Problem(self.document.place(loc, key=key), written_loc(loc), text, suggestion))
 
     def plan(self) -> Plan:
         self._build_stages()
@@ -216,13 +122,13 @@ class _Compiler:
                 )
         conditions = Conditions(facts, _listed(self.pipeline.tables, self.document, self.problems))
         for entry, stage in self.entries:
-            for loc, expression in _found(stage.settings, Expression, entry.loc):
+            for loc, expression in found_in(stage.settings, Expression, entry.loc):
                 self._bind(conditions, expression, loc, entry, stage)
             if entry.reserved.when is not None:
                 expression = entry.reserved.when
                 self._bind(conditions, expression, (*entry.loc, "when"), entry, stage)
                 self.when[stage] = expression
-            routes = [found.phase for _, found in _found(stage.settings, Expression, ())]
+            routes = [found.phase for _, found in found_in(stage.settings, Expression, ())]
             if hasattr(stage, "route") and not hasattr(stage, "route_phase"):
                 stage.route_phase = max([Phase.CONNECT, *routes])  # type: ignore[attr-defined]
 
@@ -258,204 +164,6 @@ class _Compiler:
             if fact.get is None and not any(s.id == owner for s in self._before(stage)):
                 self.problem(loc, f"{name} is set by a stage that comes later", f"move {owner} above {entry.name}")
 
-    def _as_written(self, loc: Loc, text: str) -> str:
-        """The text with what was expanded in it as the file writes it: it may be a secret."""
-        for value, written in self.document.expanded(loc):
-            text = text.replace(value, written)
-        return text
-
-    def _before(self, stage: Stage) -> Iterable[Stage]:
-        for _, other in self.entries:
-            if other is stage:
-                return
-            if other.mode != "off":
-                yield other
-
-    def _provided_before(self, stage: Stage, name: str) -> bool:
-        return any(name in other.provides for other in self._before(stage))
-
-    def _known_to(self, stage: Stage, name: str) -> bool:
-        """Whether a fact that the stage requires is known by itself or set by a stage before it."""
-        if any(fact.name == name and not fact.provided for fact in BUILT_IN) or self._provided_before(stage, name):
-            return True
-        return any(f"{other.id}.{fact.name}" == name for other in self._before(stage) for fact in other.facts)
-
-    # -- load checks ----------------------------------------------------------------------------------------
-
-    def _check_contract(self) -> None:
-        manager = registry.new_manager()
-        for entry, stage in self.entries:
-            try:
-                registry.register(manager, stage)
-            except registry.StageError as error:
-                text, _, hint = str(error).partition("; ")
-                self.problem(entry.loc, text, hint)
-
-    def _check_terminal(self) -> None:
-        terminals = [(entry, stage) for entry, stage in self.entries if stage.terminal]
-        if not terminals:
-            self.problem(("stages",), "no stage joins client and upstream", "end the list with splice", key=True)
-            return
-        for entry, _ in terminals[1:]:
-            self.problem(entry.loc, f"a second terminal stage {entry.name!r}", "one pipeline ends in one")
-        entry, stage = terminals[0]
-        if stage is not self.entries[-1][1]:
-            self.problem(entry.loc, f"{entry.name} ends the chain, but stages follow it", "write it last")
-        if stage.mode == "off" or stage in self.when:
-            self.problem(
-                entry.loc, f"{entry.name} ends the chain and cannot be off or conditional", "remove its mode and when"
-            )
-
-    def _check_modes(self) -> None:
-        for entry, stage in self.entries:
-            reserved = entry.reserved
-            identity = stage.decides_identity or stage.kind is Kind.PLUMBING
-            if identity and stage.mode not in ("off", "enforce"):
-                self.problem(
-                    (*entry.loc, "mode"), f"{entry.name} cannot be observed or enforced in part", "write off or enforce"
-                )
-            if reserved.on_error == "pass" and (stage.never_pass or stage.kind is Kind.GUARD or _at_upstream(stage)):
-                self.problem(
-                    (*entry.loc, "on_error"),
-                    f"{entry.name} guards and cannot fail open",
-                    "write tempfail, reject or disconnect",
-                )
-            if stage in self.when and _required(stage):
-                self.problem(
-                    (*entry.loc, "when"),
-                    f"clients for whom this is false could neither log in at {entry.name} nor send without",
-                    "write required: false",
-                )
-            if reserved.refuse_at is not None and not any(hasattr(stage, p.name.lower()) for p in POSTPONED):
-                self.problem((*entry.loc, "refuse_at"), f"{entry.name} refuses nothing before RCPT", "remove refuse_at")
-            if reserved.discard is not None and Phase.MESSAGE not in _needed(stage):
-                self.problem((*entry.loc, "discard"), f"{entry.name} reads no messages", "remove discard")
-
-    def _check_order(self) -> None:
-        """A limit on failed logins that stands behind the verifiers would never stop one."""
-        verifiers = [index for index, (_, stage) in enumerate(self.entries) if hasattr(stage, "mechanisms")]
-        for index, (entry, stage) in enumerate(self.entries):
-            counts = getattr(stage.settings, "count", "") == "auth_failures"
-            if counts and verifiers and index > verifiers[0]:
-                self.problem(
-                    entry.loc,
-                    f"{entry.name} of auth_failures stands behind {self.entries[verifiers[0]][0].name}: never asked",
-                    "move it above the auth stages",
-                )
-
-    def _check_facts(self) -> None:
-        for entry, stage in self.entries:
-            for name in sorted(stage.requires):
-                if not self._known_to(stage, name):
-                    self.problem(entry.loc, f"{entry.name} needs {name}", "add a stage that provides it above")
-            when = self.when.get(stage)
-            if when is None or stage.terminal:
-                continue
-            phases = [phase for phase in _needed(stage) if phase >= when.phase]
-            upstream = _at_upstream(stage)
-            if not phases and not upstream:
-                self.problem(
-                    (*entry.loc, "when"),
-                    f"known from {when.phase.name.lower()} on, but {entry.name} is asked only before that",
-                    "use facts that are known earlier",
-                )
-            elif upstream and not phases:
-                self.problem(
-                    (*entry.loc, "when"),
-                    f"{entry.name} works at the upstream and takes no condition",
-                    "route to another pool instead",
-                )
-
-    def _check_pools(self) -> None:
-        known = self.pipeline.upstreams
-        for entry, stage in self.entries:
-            for loc, pool_name in _found(stage.settings, PoolName, entry.loc):
-                if pool_name not in known:
-                    name = self._as_written(loc, pool_name)
-                    self.problem(loc, f"no pool named {name!r} in upstreams", did_you_mean(name, known))
-        listening = {(listener.host, listener.port) for listener in self._listeners() if not listener.path}
-        everywhere = {port for host, port in listening if host in ("", "0.0.0.0", "::")}
-        for name, pool in known.items():
-            for index, server in enumerate(pool.servers):
-                url = server.url
-                if not url.path and ((url.host, url.port) in listening or (url.local and url.port in everywhere)):
-                    self.problem(
-                        ("upstreams", name, "servers", index),
-                        f"{server.url} is a listener of this pipeline: mail would go in a circle",
-                        "name the real server",
-                    )
-
-    def _check_protocols(self) -> None:
-        """Every listener's clients can be served: there are logins and servers in its protocol."""
-        stages = [stage for _, stage in self.entries if stage.mode != "off"]
-        logins = any(hasattr(stage, "mechanisms") for stage in stages)
-        spoken = {FAMILY[server.url.protocol] for pool in self.pipeline.upstreams.values() for server in pool.servers}
-        names_servers = any(stage.names_servers for stage in stages)
-        listening = {FAMILY[listener.url.protocol] for listener in self.pipeline.listen}
-        for index, listener in enumerate(self.pipeline.listen):
-            protocol, loc = FAMILY[listener.url.protocol], ("listen", index)
-            if protocol != "smtp" and not logins:
-                text = f"nobody could log in to {protocol.upper()} here"
-                self.problem(loc, text, "add an auth stage: auth_http, auth_file, auth_relay")
-            if protocol not in spoken and not names_servers:
-                text = f"no server in upstreams speaks {protocol.upper()}"
-                self.problem(loc, text, f"add a pool of {protocol}:// servers")
-        if "smtp" not in listening:
-            for entry, stage in self.entries:
-                hooks = [name for name in hook_names(stage) if name in MAIL_HOOKS]
-                others = set(hook_names(stage)) - MAIL_HOOKS
-                if hooks and not others and stage.mode != "off":
-                    text = f"{entry.name} is asked about mail, which nobody sends to {' and '.join(sorted(listening))}"
-                    self.problem(entry.loc, text, "remove it", key=True)
-
-    def _check_spool(self) -> None:
-        """A folder that is not there would be missed by the first large message only."""
-        folder = self.pipeline.spool.directory
-        if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            self.problem(("spool", "directory"), "there is no such folder to write to", "make it, or name another")
-
-    def _check_tls(self) -> None:
-        certificates = all(listener.tls_possible(self.pipeline.tls) for listener in self.pipeline.listen)
-        auth = [entry for entry, stage in self.entries if hasattr(stage, "mechanisms") and stage.mode != "off"]
-        if (
-            not certificates
-            and not self.pipeline.allow_plaintext_auth
-            and any(_required(stage) for _, stage in self.entries)
-        ):
-            entry = auth[0]
-            self.problem(
-                entry.loc,
-                "AUTH is offered only under TLS, and there is no certificate",
-                "add tls.certificates, or allow_plaintext_auth: true",
-            )
-        for entry, stage in self.entries:
-            if entry.name == "require_tls" and not certificates and stage.mode != "off":
-                self.problem(entry.loc, "nobody can use TLS here: there is no certificate", "add tls.certificates")
-
-    def _check_relay(self) -> None:
-        """The relay guard: no open relay by omission (architecture, "Relay guard")."""
-        stages = [stage for _, stage in self.entries if stage.mode == "enforce" and stage not in self.when]
-        if not self._mail_listeners() or self.pipeline.relay == "open" or any(_required(stage) for stage in stages):
-            return
-        if any(stage.limits_recipients for stage in stages):
-            return
-        active = [stage for _, stage in self.entries if stage.mode != "off"]
-        lends = any(stage.own_credentials for stage in active)
-        if not lends and any(stage.identifies_client for stage in stages):
-            return
-        servers = [server for pool in self.pipeline.upstreams.values() for server in pool.servers]
-        if all(server.url.embedded for server in servers) and not any(stage.names_servers for stage in active):
-            return  # an embedded server delivers to its own Maildir only
-        with_what = "login" if lends else "address"
-        self.problem(
-            ("stages",),
-            f"mail without login reaches the upstream with the gateway's own {with_what}, "
-            "which the upstream may trust: an open relay",
-            f"add {'' if lends else 'xclient, proxy_header, '}recipient_domains or a required login, "
-            "or write relay: open",
-            key=True,
-        )
-
     # -- steps ----------------------------------------------------------------------------------------------
 
     def _steps(self) -> dict[Phase, tuple[Step, ...]]:
@@ -465,8 +173,8 @@ class _Compiler:
                 continue
             own: list[Step] = []
             when = self.when.get(stage)
-            needed = set(_needed(stage))
-            for phase in _implemented(stage):
+            needed = set(needed_phases(stage))
+            for phase in implemented(stage):
                 if phase not in needed:
                     continue
                 step = self._step(index, entry, stage, phase, when)
@@ -531,7 +239,7 @@ class _Compiler:
             return HandOff.RCPT, f"{chain.route_rcpt[0].stage.id} needs the first recipient"
         if any(route_phase(step.stage) >= Phase.MAIL for step in chain.route_early) or chain.mail:
             return HandOff.MAIL, "the first MAIL is the last thing needed"
-        if any(_required(stage) for stage in chain.stages):
+        if any(login_required(stage) for stage in chain.stages):
             return HandOff.LOGIN, "nothing is needed after the login"
         plain = any(not listener.implicit_tls for listener in self._listeners())
         if chain.helo or chain.auth or chain.mechanisms or chain.capabilities or (plain and self._certificates()):
@@ -556,17 +264,7 @@ class _Compiler:
         servers = {server.url.protocol for pool in self.pipeline.upstreams.values() for server in pool.servers}
         return (servers | {listener.url.protocol for listener in self.pipeline.listen}) & {"smtp", "lmtp"}
 
-    def _mail_listeners(self) -> bool:
-        """Whether anybody can send mail here."""
-        return any(listener.url.protocol in ("smtp", "lmtp") for listener in self.pipeline.listen)
-
     # -- the result -----------------------------------------------------------------------------------------
-
-    def _certificates(self) -> bool:
-        return any(listener.tls_possible(self.pipeline.tls) for listener in self.pipeline.listen)
-
-    def _listeners(self) -> list[ListenerPlan]:
-        return [plan for listener in self.pipeline.listen for plan in _listener_plans(listener)]
 
     def _server_context(self, tls: Tls, protocol: str, loc: Loc) -> ServerContext | None:
         """Clients that ask for another protocol than this listener's get none (ALPN, RFC 7301)."""
@@ -587,7 +285,7 @@ class _Compiler:
                 if family not in shared:
                     shared[family] = self._server_context(self.pipeline.tls, protocol, ("tls", "certificates"))
                 context = shared[family]
-            plans += [replace(plan, tls=context) for plan in _listener_plans(listener)]
+            plans += [replace(plan, tls=context) for plan in listener_plans(listener)]
         return plans
 
     def _default_pool(self) -> str:
@@ -602,7 +300,7 @@ class _Compiler:
 
     def _result(self, chain: Chain, hand_off: HandOff, reason: str) -> Plan:
         pipeline, stages = self.pipeline, chain.stages
-        required = any(_required(stage) for stage in stages)
+        required = any(login_required(stage) for stage in stages)
         at_login = self._joined_at_login(chain, hand_off)
         received = [
             getattr(stage.settings, "max_hops", 0) for stage in stages if stage.counts_received
@@ -614,7 +312,7 @@ class _Compiler:
             listeners=self._listeners_with_tls(),
             chain=chain,
             limits=limits,
-            pools={name: _pool_settings(pool) for name, pool in pipeline.upstreams.items()},
+            pools={name: pool_settings(pool) for name, pool in pipeline.upstreams.items()},
             default_pool=self._default_pool(),
             hand_off=hand_off,
             grade="content" if chain.message else "envelope" if hand_off is HandOff.NEVER else "opaque",
@@ -646,7 +344,7 @@ class _Compiler:
             helo_required=pipeline.helo_required,
             pass_error_message=getattr(self.entries[-1][1].settings, "pass_error_message", "auto"),
             hand_off_at_login=at_login,
-            dynamic_pool=_server_settings(pipeline.dynamic_servers),
+            dynamic_pool=server_settings(pipeline.dynamic_servers),
         )
         if plan.always_hand_off:
             plan.warnings.append(
@@ -664,11 +362,11 @@ class _Compiler:
         rows = []
         for _, stage in self.entries:
             hooks = hook_names(stage)
-            needed = {phase.name.lower() for phase in _needed(stage)}
+            needed = {phase.name.lower() for phase in needed_phases(stage)}
             when = self.when.get(stage)
-            phases = [name for name in hooks if name not in _PHASE_NAMES or name in needed]
+            phases = [name for name in hooks if name not in PHASE_NAMES or name in needed]
             if when is not None:
-                phases = [n for n in phases if n not in _PHASE_NAMES or Phase[n.upper()] >= when.phase]
+                phases = [n for n in phases if n not in PHASE_NAMES or Phase[n.upper()] >= when.phase]
             mode = stage.mode if isinstance(stage.mode, str) else f"{stage.mode}%"
             provides = sorted(stage.provides) + [f"{stage.id}.{fact.name}" for fact in stage.facts]
             rows.append(
@@ -683,43 +381,6 @@ class _Compiler:
                 )
             )
         return rows
-
-
-_PHASE_NAMES = frozenset(phase.name.lower() for phase in Phase)
-_HOOKS = (
-    *[phase.name.lower() for phase in Phase],
-    "capabilities",
-    "mechanisms",
-    "unknown",
-    "upstream_connect",
-    "upstream_ready",
-    "upstream_login",
-    "upstream_mail",
-)
-
-
-def hook_names(stage: Stage | type[Stage]) -> list[str]:
-    return [name for name in _HOOKS if hasattr(stage, name)]
-
-
-def _at_upstream(stage: Stage) -> bool:
-    return any(name.startswith("upstream_") for name in hook_names(stage))
-
-
-def _implemented(stage: Stage) -> list[Phase]:
-    return [phase for phase in Phase if hasattr(stage, phase.name.lower())]
-
-
-def _needed(stage: Stage) -> list[Phase]:
-    """The phases the stage's settings need: its own word if it has one."""
-    own = getattr(stage, "phases", None)
-    if own is None:
-        return _implemented(stage)
-    return [Phase[name.upper()] for name in own()]
-
-
-def _required(stage: Stage) -> bool:
-    return hasattr(stage, "mechanisms") and stage.mode != "off" and bool(stage.required)
 
 
 def _provides(known: registry.Registry, name: str, fact: str) -> bool:
@@ -738,56 +399,6 @@ def _bound(stage: Stage, phase: Phase) -> Call:
     return lambda session, _: hook(session)  # type: ignore[return-value]
 
 
-def _found(value: object, wanted: type[FoundT], loc: Loc) -> Iterable[tuple[Loc, FoundT]]:
-    """Every object of a type inside settings, with its place in the document."""
-    if isinstance(value, wanted):
-        yield loc, value
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _found(getattr(value, name), wanted, (*loc, name))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _found(item, wanted, (*loc, index))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _found(item, wanted, (*loc, str(key)))
-
-
-def _listener_plans(listener: ListenerModel) -> list[ListenerPlan]:
-    """One for each port of a range."""
-    return [
-        ListenerPlan(
-            str(url),
-            listener.name or str(url),
-            url.host,
-            url.port,
-            url.path,
-            url.implicit_tls,
-            listener.proxy_protocol == "required",
-            _keywords(listener),
-            protocol=url.protocol,
-            starttls=listener.starttls,
-            backlog=listener.backlog,
-            ipv6only=listener.ipv6only,
-            keepalive=listener.keepalive,
-            rcvbuf=listener.rcvbuf,
-            sndbuf=listener.sndbuf,
-            multipath=listener.multipath,
-        )
-        for url in listener.url.urls()
-    ]
-
-
-def _keywords(listener: ListenerModel) -> dict[str, str] | None:
-    """The typed exception to computed capabilities: exactly these lines; IMAP's are words as they are written."""
-    if listener.capabilities is None:
-        return None
-    if listener.url.protocol == "imap":
-        return {word: "" for line in listener.capabilities for word in line.split()}
-    pairs = (line.partition(" ") for line in listener.capabilities)
-    return {keyword.upper(): parameters for keyword, _, parameters in pairs}
-
-
 def _listed(tables: Mapping[str, Table], document: Document, problems: list[Problem]) -> Callable[[str, str], bool]:
     """`listed(list, s)` over the pipeline's tables: inline lists and files that are re-read when they change."""
     lists: dict[str, ListFile] = {}
@@ -803,45 +414,3 @@ def _listed(tables: Mapping[str, Table], document: Document, problems: list[Prob
         return table is not None and text.lower() in table
 
     return listed
-
-
-_BALANCE = {"hash_client": "client", "hash_user": "user", "hash_domain": "domain"}
-
-
-def _pool_settings(pool: PoolModel) -> PoolSettings:
-    return replace(
-        _server_settings(pool),
-        servers=tuple((str(server.url), server.weight) for server in pool.servers),
-        balance=_BALANCE.get(pool.balance, pool.balance),  # type: ignore[arg-type]
-    )
-
-
-def _server_settings(pool: ServerSettings) -> PoolSettings:
-    health = pool.health or Health()
-    return PoolSettings(
-        max_connections=pool.max_connections,
-        queue=pool.queue,
-        queue_timeout=pool.queue_timeout,
-        tls=pool.tls,
-        verify=pool.verify,
-        ca_file=str(pool.ca_file) if pool.ca_file else None,
-        server_name=pool.server_name,
-        source=pool.source,
-        bdat=pool.bdat,
-        reuse=pool.reuse is not None,
-        reuse_transactions=pool.reuse.transactions if pool.reuse else 20,
-        reuse_idle=pool.reuse.idle if pool.reuse else 30.0,
-        assume=tuple(pool.capabilities.assume) if pool.capabilities else None,
-        allow_plaintext_login=pool.allow_plaintext_login,
-        hello=pool.hello,
-        connect_timeout=pool.connect_timeout,
-        greeting_timeout=pool.greeting_timeout,
-        command_timeout=pool.command_timeout,
-        data_done_timeout=pool.data_done_timeout,
-        health=pool.health is not None,
-        health_interval=health.interval,
-        health_timeout=health.timeout,
-        health_fall=health.fall,
-        health_rise=health.rise,
-        slow_start=health.slow_start,
-    )

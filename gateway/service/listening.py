@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from gateway.config.listen import Keepalive
-from gateway.pipeline.compile import ListenerPlan
+from gateway.pipeline.plan import ListenerPlan
 
 Address = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]  # as getaddrinfo has it
 NO_MULTIPATH = (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)

@@ -25,7 +25,7 @@ from gateway.frontend.pop3 import Pop3Conversation
 from gateway.frontend.served import Served
 from gateway.frontend.smtp import SmtpConversation
 from gateway.observe import logs
-from gateway.pipeline.compile import ListenerPlan, Plan
+from gateway.pipeline.plan import ListenerPlan, Plan
 from gateway.relay.spool import SpoolSpace
 from gateway.relay.wire import Wire
 from gateway.service.listening import StartError, bound, listen

@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 from gateway.config.load import load
-from gateway.pipeline.compile import Plan, compile_pipeline
+from gateway.pipeline.compile import compile_pipeline
+from gateway.pipeline.plan import Plan
 from gateway.pipeline.registry import Registry
 from gateway.service.listening import listen
 from gateway.service.worker import ServedPipeline, StageWorker

@@ -13,7 +13,7 @@ from gateway import Fact, Kind, Phase, Recipient, Refuse, Scope, Session, Stage,
 from gateway.cli.check import table
 from gateway.config.problems import ConfigError
 from gateway.frontend.served import HandOff
-from gateway.pipeline.compile import Plan
+from gateway.pipeline.plan import Plan
 from gateway.testing.gateway import compiled
 
 USERS = "tim@example.org:{PLAIN}secret\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config.listen import Keepalive
-from gateway.pipeline.compile import ListenerPlan
+from gateway.pipeline.plan import ListenerPlan
 from gateway.service import listening
 from gateway.service.listening import StartError, bound, listen
 
