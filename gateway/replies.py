@@ -150,6 +150,11 @@ FIXED: dict[Family, dict[str, str | None]] = {
 ERRORS = {500: "unknown_command", 501: "bad_argument", 502: "not_available", 503: "bad_sequence", 504: "bad_parameter"}
 """Which fixed reply an SMTP error of ours is, by its code."""
 
+REFUSALS = frozenset(cause.name.lower() for cause in Cause) | {
+    "sasl_cancelled", "sasl_malformed", "tls_active", "no_recipients", *ERRORS.values(),
+}  # fmt: skip
+"""The names of replies that must not read as success."""
+
 # Response codes of RFC 5530 (IMAP) and RFC 2449, RFC 3206 (POP3): for what is temporary, and for what is not.
 _STORE_CODES: dict[Cause, tuple[str, str]] = {
     Cause.AUTH_FAILED: ("AUTHENTICATIONFAILED", "AUTH"),
@@ -226,7 +231,7 @@ class Replies:
                 code = "UNAVAILABLE" if imap else "SYS/TEMP"
             else:
                 code = "AUTHORIZATIONFAILED" if imap else "SYS/PERM"
-        text = _UNSAFE.sub("?", refuse.text) or row.text
+        text = _UNSAFE.sub("?", refuse.text) or (row.text if imap else row.text.replace("STARTTLS", "STLS"))
         shown = f" ({session_id})" if session_id else ""
         return f"{status} {f'[{code}] ' if code else ''}{text}{shown}"
 

@@ -8,8 +8,8 @@ Announced are the upstream's mechanisms without
 
 - those that are bound to a connection or prove something of the gateway instead of the client: `*-PLUS` (channel
   binding), GSSAPI, GSS-SPNEGO, KERBEROS_V4, NTLM, EXTERNAL, ANONYMOUS;
-- in clear text, those that carry passwords or tokens (PLAIN, LOGIN, XOAUTH2, OAUTHBEARER), unless the pipeline says
-  `allow_plaintext_auth`.
+- in clear text, those that carry passwords or tokens (all but SCRAM-*, CRAM-MD5 and DIGEST-MD5), unless the pipeline
+  says `allow_plaintext_auth`.
 
 Success and failure pass as they are. `auth.user` is known where the mechanism shows it (PLAIN, LOGIN, CRAM-MD5,
 SCRAM-*, XOAUTH2, OAUTHBEARER with a=), else it is `[unknown]`. When the upstream is away the client gets 454,
@@ -26,9 +26,9 @@ loopback, or where the pool says `allow_plaintext_login`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from gateway import (
     Attempt,
@@ -49,7 +49,18 @@ from gateway.protocol import sasl
 from gateway.protocol.errors import LocalError, PeerError
 
 UNKNOWN = "[unknown]"
+PASSWORDS = frozenset(("PLAIN", "LOGIN"))
+RELAYED = frozenset(
+    ("PLAIN", "LOGIN", "CRAM-MD5", "DIGEST-MD5", "SCRAM-SHA-1", "SCRAM-SHA-256", "SCRAM-SHA-512", "XOAUTH2",
+     "OAUTHBEARER", "OTP")
+)  # fmt: skip
 NEVER = frozenset(("GSSAPI", "GSS-SPNEGO", "KERBEROS_V4", "NTLM", "EXTERNAL", "ANONYMOUS"))
+
+
+def _known(name: str) -> str:
+    if name.upper() not in RELAYED:
+        raise ValueError(f"not a mechanism that can be relayed; write {', '.join(sorted(RELAYED))}")
+    return name.upper()
 
 
 class AuthRelaySettings(Settings):
@@ -57,8 +68,8 @@ class AuthRelaySettings(Settings):
 
     short_form: ClassVar[str | None] = "mechanisms"
 
-    mechanisms: tuple[str, ...] | None = Field(
-        None, description="Only these of the upstream's mechanisms; all that can be relayed by default."
+    mechanisms: tuple[Annotated[str, AfterValidator(_known)], ...] | None = Field(
+        None, min_length=1, description="Only these of the upstream's mechanisms; all that can be relayed by default."
     )
     required: bool = Field(True, description="MAIL before AUTH is 530.")
 
@@ -77,7 +88,7 @@ class AuthRelay(Stage):
     def __init__(self, settings: AuthRelaySettings) -> None:
         super().__init__(settings)
         self.required = settings.required
-        self._only = None if settings.mechanisms is None else frozenset(name.upper() for name in settings.mechanisms)
+        self._only = None if settings.mechanisms is None else frozenset(settings.mechanisms)
 
     def mechanisms(self, session: Session) -> Sequence[str]:
         """The upstream's, as far as they can be relayed; a store that names none has LOGIN or USER."""
@@ -96,16 +107,20 @@ class AuthRelay(Stage):
         given = attempt.credentials
         if not isinstance(given, (Exchange, Password)):
             return None
+        if isinstance(given, Password) and PASSWORDS.isdisjoint(self.mechanisms(session)):
+            return None  # another stage's mechanism
         peer = await attempt.open_upstream()
         if isinstance(peer, Refuse):
             if peer.reply is not None:
                 return peer
             log = peer.log or peer.cause.value
             return Refuse(Cause.AUTH_UNAVAILABLE, temporary=True, disconnect=peer.disconnect, log=log)
-        if given.mechanism in sasl.PLAINTEXT and not peer.takes_secrets:
+        if sasl.shows_secret(given.mechanism) and not peer.takes_secrets:
             what = "is reached in clear text over the network; set tls: required on its pool"
             return Refuse(Cause.UPSTREAM_MISCONFIGURED, temporary=True, log=f"{self.id}: {peer.url} {what}")
         if isinstance(given, Password):
+            if given.authzid not in ("", given.user):
+                return Refuse(Cause.AUTH_FAILED, log=f"{self.id}: no user may act for another")
             try:
                 reply = await _log_in(peer, given)
             except LocalError as error:  # CR, LF, NUL: nobody's password, and another command if it were sent
@@ -117,8 +132,11 @@ class AuthRelay(Stage):
         return self._judged(peer, observer.user, reply)
 
     def _judged(self, peer: Peer, user: str, reply: Reply) -> Refuse | Authenticated:
-        if reply.reply_class == 2:
+        if reply.reply_class == 2 and peer.logged_in:
             return Authenticated(user or UNKNOWN, reply=reply)
+        if reply.code < 400:  # no answer to AUTH, but the client would go on
+            log = f"{self.id}: {peer.url} answered {reply.code}"
+            return Refuse(Cause.AUTH_UNAVAILABLE, temporary=True, log=log)
         cause = Cause.AUTH_FAILED if reply.code >= 500 else Cause.AUTH_UNAVAILABLE
         return Refuse(cause, temporary=reply.code < 500, reply=reply, log=f"{self.id}: {peer.url} said so")
 

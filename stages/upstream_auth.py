@@ -218,7 +218,7 @@ class UpstreamAuth(Stage):
 
     def _judged(self, peer: Peer, reply: Reply) -> Refuse | None:
         """What the upstream's last reply means for the client."""
-        if reply.reply_class == 2:
+        if reply.reply_class == 2 and peer.logged_in:
             return None
         verdict = reply.code == 535 or (reply.code == 550 and peer.protocol in ("imap", "pop3"))  # NO, -ERR
         if reply.lines[0].upper().startswith(NO_VERDICT) or self.settings.master is not None:

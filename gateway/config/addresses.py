@@ -194,6 +194,9 @@ def _parse_address(value: object, form: _Form) -> tuple[str, str, int, str]:
     scheme, separator, rest = value.partition("://")
     if not separator:
         if not form.server:
+            begun = re.fullmatch(r"([a-z0-9]+):/?([^/].*)", value)
+            if begun is not None and begun[1] in SCHEMES:
+                raise form.refuse(value, f"is not how {form.kind} is written", f"write {begun[1]}://{begun[2]}")
             scheme = _BY_PORT.get(value.rpartition(":")[2], "smtp")
             raise form.refuse(value, "has no scheme", f"write {scheme}://{value}")
         scheme, rest = "smtp", value
@@ -275,7 +278,7 @@ def _without_range(value: object) -> tuple[object, int]:
         return value, 0
     first, last = int(match[2]), int(match[3])
     if not 1 <= first <= last <= 65535:
-        raise _LISTEN.refuse(value, "is not a range of ports", "write the first and the last: smtp://127.0.0.1:2000-2003")
+        raise _LISTEN.refuse(value, "is not a range of ports", f"write the first and the last: {match[1]}2000-2003")
     return match[1] + match[2], last
 
 

@@ -11,7 +11,7 @@ from gateway.config.addresses import ListenUrl
 from gateway.config.base import Findings, Model
 from gateway.config.log_settings import LogSinks
 from gateway.config.tls_settings import Tls
-from gateway.values import Duration, Size
+from gateway.values import Duration, NotA, Size, shown
 
 
 class Keepalive(Model):
@@ -25,6 +25,9 @@ class Keepalive(Model):
 def _keepalive(value: object) -> object:
     if value in (False, "off"):
         return None
+    if isinstance(value, (str, int)) and value not in (True, "on"):
+        kind, example = "a keepalive", "on, off or {idle: 60s, interval: 10s, count: 5}"
+        raise NotA(kind, example, f"{shown(value)} is not {kind}")
     return {} if value in (True, "on") else value
 
 

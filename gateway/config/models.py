@@ -35,7 +35,7 @@ from gateway.config.problems import Loc, did_you_mean
 from gateway.config.resolver import ResolverSettings
 from gateway.config.tls_settings import Tls
 from gateway.limits import Limits
-from gateway.replies import Family
+from gateway.replies import REFUSALS, Family
 from gateway.replies import names as reply_names
 from gateway.values import (
     DEFAULT,
@@ -68,7 +68,10 @@ class Trust(_Model):
 class Server(_Model):
     """A server of a pool."""
 
-    url: ServerUrl = Field(description="smtp://host:port, host:port, smtps://, lmtp://, lmtp+unix:/path, embedded://.")
+    url: ServerUrl = Field(
+        description="smtp://host:port, host:port, or with smtps, lmtp, imap, imaps, pop3 or pop3s; lmtp+unix:/path; "
+        "embedded://folder."
+    )
     weight: int = Field(1, ge=1, le=1000, description="Its share among the servers of the pool.")
 
 
@@ -334,8 +337,9 @@ def _spool(value: object) -> object:
 
 def _cause_name(value: str) -> str:
     if value.upper() not in Cause.__members__:
-        kind = "a cause"
-        raise NotA(kind, "the name of a cause such as upstream_down", f"{shown(value)} is not {kind}")
+        kind, example = "a cause", "the name of a cause such as upstream_down"
+        near = did_you_mean(value.lower(), (name.lower() for name in Cause.__members__))
+        raise NotA(kind, example, f"{shown(value)} is not {kind}", near or f"write {example}")
     return value
 
 
@@ -356,6 +360,9 @@ class WrittenReplies(_Model):
                     findings.add((family, name), name, f"{name!r} is no reply of {family.upper()}", advice)
                 elif not pattern.fullmatch(text):
                     findings.add((family, name), text, f"{shown(text)} is no {family.upper()} reply", _EXAMPLES[family])
+                elif name in REFUSALS and not _REFUSAL_FORMS[family].match(text):
+                    # A client would go on as if it were logged in, or its mail taken.
+                    findings.add((family, name), text, f"{shown(text)} is no refusal", _REFUSALS[family])
         findings.report(self)
         return self
 
@@ -365,7 +372,13 @@ _REPLY_FORMS: dict[Family, re.Pattern[str]] = {
     "imap": re.compile(r"(?:\* |\+ ?)?[^\x00-\x1f\x7f]+"),
     "pop3": re.compile(r"(?:\+OK|-ERR)(?: [^\x00-\x1f\x7f]*)?"),
 }
-_EXAMPLES = {"smtp": "write 451 4.3.2 text", "imap": "write NO text or '* BYE text'", "pop3": "write -ERR text"}
+_REFUSAL_FORMS: dict[Family, re.Pattern[str]] = {
+    "smtp": re.compile(r"[45]"),
+    "imap": re.compile(r"(?:\* )?(?:NO|BAD|BYE)\b"),
+    "pop3": re.compile(r"-ERR"),
+}
+_REFUSALS = {"smtp": "write 451 4.3.2 text", "imap": "write NO text or '* BYE text'", "pop3": "write -ERR text"}
+_EXAMPLES = {"smtp": "write 451 4.3.2 text", "imap": "write NO text or '* BYE text'", "pop3": "write +OK text"}
 
 
 def _line_endings(value: object) -> object:

@@ -517,18 +517,18 @@ class Conversation(ABC):
         await self.leave()
         if self.chain.close:
             await self.chain.tell_close(self.session)
-        session, carried = self.session, self.carried
+        session, carried, mail = self.session, self.carried, self.replies.family == "smtp"
         log.info(
             "session",
             session=session.id,
             pipeline=session.pipeline,
             client=session.client.address,
             port=session.client.port,
-            helo=session.helo,
+            helo=session.helo if mail else None,
             user=session.typed_user,
             name=session.client.name,
             tls=session.tls.version if session.tls is not None else "",
-            transactions=session.transactions,
+            transactions=session.transactions if mail else None,
             refusals=self.refusals,
             bytes_in=self.wire.bytes_in,
             bytes_out=self.wire.bytes_out,

@@ -20,10 +20,7 @@ from gateway.session import Listener
 from gateway.verdicts import Cause, Refuse
 
 # Of an upstream's capabilities, what is ours to say before login (RFC 9051 6.1.1), or needs a gateway that reads on.
-OWN = frozenset(
-    ("IMAP4REV1", "AUTH", "STARTTLS", "LOGINDISABLED", "SASL-IR", "ID", "LITERAL+", "LITERAL-", "LOGIN-REFERRALS",
-     "XMULTIPLEX")
-)  # fmt: skip
+OWN = frozenset(("IMAP4REV1", "AUTH", "STARTTLS", "LOGINDISABLED", "SASL-IR", "ID", "LOGIN-REFERRALS", "XMULTIPLEX"))
 
 
 class ImapConversation(StoreConversation):
@@ -162,7 +159,8 @@ class ImapConversation(StoreConversation):
 
 @lru_cache(maxsize=64)
 def _offer(profile: tuple[tuple[str, str], ...], mechanisms: tuple[str, ...], starttls: bool) -> dict[str, str]:
-    offer = {"IMAP4rev1": "", "LITERAL+": "", "SASL-IR": "", "ID": ""}
+    # LITERAL+ and LITERAL- are the upstream's: its clients would not wait after the login either.
+    offer = {"IMAP4rev1": "", "SASL-IR": "", "ID": ""}
     offer.update({word: value for word, value in profile if word not in OWN})
     if starttls:
         offer["STARTTLS"] = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import TYPE_CHECKING
 
 import structlog
@@ -58,13 +58,16 @@ def offered_mechanisms(conversation: Conversation) -> list[str]:
     served, session = conversation.served, conversation.session
     declared = declared_mechanisms(conversation)
     if session.tls is None and not served.allow_plaintext_auth:
-        return [name for name, stage in declared.items() if stage.relays_logins and name not in sasl.PLAINTEXT]
+        return [name for name, stage in declared.items() if stage.relays_logins and not sasl.shows_secret(name)]
     return list(declared)
 
 
-def tls_would_help(conversation: Conversation) -> bool:
-    """AUTH is not offered now but would be under TLS."""
-    return conversation.session.tls is None and bool(declared_mechanisms(conversation))
+def tls_would_help(conversation: Conversation, offered: Collection[str], wanted: Set[str]) -> bool:
+    """None of the wanted mechanisms is offered now, but would be under TLS; where nothing is, whatever was wanted."""
+    if conversation.session.tls is not None or not wanted.isdisjoint(offered):
+        return False
+    declared = declared_mechanisms(conversation)
+    return bool(declared) and (not offered or not wanted.isdisjoint(declared))
 
 
 def declared_mechanisms(conversation: Conversation) -> dict[str, Stage]:

@@ -28,9 +28,7 @@ from gateway.session import Listener
 from gateway.verdicts import Cause, Refuse
 
 # Of an upstream's capabilities, what is ours to say before login, or changes a conversation that begins with us.
-OWN = frozenset(
-    ("USER", "SASL", "STLS", "PIPELINING", "RESP-CODES", "AUTH-RESP-CODE", "UTF8", "LANG", "XCLIENT", "APOP")
-)
+OWN = frozenset(("USER", "SASL", "STLS", "RESP-CODES", "AUTH-RESP-CODE", "UTF8", "LANG", "XCLIENT", "APOP"))
 
 
 class Pop3Conversation(StoreConversation):
@@ -127,7 +125,7 @@ class Pop3Conversation(StoreConversation):
             offer["USER"] = ""
         if mechanisms:
             offer["SASL"] = " ".join(mechanisms)
-        offer |= {"PIPELINING": "", "RESP-CODES": "", "AUTH-RESP-CODE": ""}
+        offer |= {"RESP-CODES": "", "AUTH-RESP-CODE": ""}
         if session.listener.tls is not None and session.tls is None and self.user is None:
             offer["STLS"] = ""
         return narrowed(self, offer)
@@ -159,7 +157,7 @@ async def _user(conversation: Pop3Conversation, command: pop3.Command) -> bool:
         conversation.error("bad_argument")
         return False
     offered = offered_mechanisms(conversation)
-    if not conversation.refused_in_clear(offered):
+    if not conversation.refused_in_clear(offered, PASSWORD_MECHANISMS):
         if PASSWORD_MECHANISMS.isdisjoint(offered):
             conversation.error("not_available")
         else:
@@ -174,10 +172,11 @@ async def _pass(conversation: Pop3Conversation, command: pop3.Command) -> bool:
 
 
 async def _apop(conversation: Pop3Conversation, command: pop3.Command) -> bool:
-    if not conversation.timestamp:
-        conversation.error("not_available")
+    offered = offered_mechanisms(conversation)
+    if conversation.timestamp and conversation.refused_in_clear(offered, {"APOP"}):
         return False
-    if conversation.refused_in_clear(offered_mechanisms(conversation)):
+    if not conversation.timestamp or "APOP" not in offered:
+        conversation.error("not_available")
         return False
     try:
         credentials = sasl.apop_credentials(command.argument, conversation.timestamp.encode())
@@ -190,7 +189,7 @@ async def _apop(conversation: Pop3Conversation, command: pop3.Command) -> bool:
 async def _auth(conversation: Pop3Conversation, command: pop3.Command) -> bool:
     mechanism, _, argument = command.argument.partition(b" ")
     if not mechanism:  # the list of mechanisms, older than CAPA
-        if not conversation.refused_in_clear(offered_mechanisms(conversation)):
+        if not conversation.refused_in_clear(offered_mechanisms(conversation), frozenset()):
             conversation.ok("mechanisms")
             names = conversation.capabilities().get("SASL", "").split()
             conversation.write("".join(f"{name}\r\n" for name in [*names, "."]).encode())

@@ -89,8 +89,11 @@ async def connect(
 
 
 def usable(connection: UpstreamConnection) -> bool:
-    """An upstream that said 421 or closed while the client paused is replaced, unnoticed."""
-    return not connection.closing and not connection.wire.eof and not connection.wire.buffered
+    """An upstream that said 421 or closed while the client paused is replaced, unnoticed.
+
+    One that owes an answer (a login that took too long) too: it would be taken for the next command's.
+    """
+    return connection.idle
 
 
 async def open_early(conversation: Conversation) -> Refuse | None:
@@ -107,7 +110,7 @@ async def open_for_relay(conversation: Conversation) -> Peer | Refuse:
     if isinstance(pool, Refuse):
         return pool
     connection = conversation.connection
-    if connection is not None and connection.logged_in:
+    if connection is not None and (connection.logged_in or connection.in_transaction):
         conversation.connection = None
         give_back(connection)
     refuse = await connect(conversation, pool, login=False)

@@ -24,7 +24,7 @@ async def auth(conversation: SmtpConversation, command: Command) -> bool:
     mechanism, _, argument = command.argument.partition(b" ")
     name = mechanism.decode("ascii", "replace").upper()
     offered = offered_mechanisms(conversation)
-    if not offered and tls_would_help(conversation):
+    if tls_would_help(conversation, offered, {name}):
         conversation.refuse(Refuse(Cause.TLS_REQUIRED), "auth")
         return False
     if name not in offered:

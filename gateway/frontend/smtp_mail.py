@@ -239,7 +239,7 @@ async def _say_rcpt(conversation: SmtpConversation, recipient: Recipient) -> Non
 
 
 async def settle(conversation: SmtpConversation) -> None:
-    """Read the replies to the recipients that are under way and put each in its place."""
+    """Read the replies to the recipients that are under way and put each in its place. Raises Closing."""
     mail = conversation.mail
     if mail is None or not mail.pending:
         return
@@ -271,13 +271,15 @@ async def settle(conversation: SmtpConversation) -> None:
         except UpstreamError as again:
             drop(conversation, again)
     mail.lost = mail.lost or Refuse(Cause.UPSTREAM_LOST, log=str(error))
+    reply = conversation.reply_to(mail.lost)
     for place, recipient in pending[answered:]:
-        reply = conversation.reply_to(mail.lost)
         mail.asked = recipient
         conversation.record_refusal(mail.lost, "rcpt", "", reply)
         recipient.reply = reply
         conversation.session.transaction.refused.append((recipient.original, reply))  # type: ignore[union-attr]
         conversation.out[place] = reply.encode()
+    if answered < len(pending):
+        conversation.end_if_told(mail.lost, reply)
 
 
 def _recipient_answered(conversation: SmtpConversation, place: int, recipient: Recipient, reply: Reply) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from gateway.facts import Phase
 from gateway.frontend import login
@@ -51,9 +51,12 @@ class StoreConversation(Conversation):
         """Whether LOGIN, and USER with PASS, are to be had now."""
         return not PASSWORD_MECHANISMS.isdisjoint(offered_mechanisms(self))
 
-    def refused_in_clear(self, offered: list[str]) -> bool:
-        """A login that needs TLS first is refused before anything is asked for; `offered`: the mechanisms to be had."""
-        if offered or not tls_would_help(self):
+    def refused_in_clear(self, offered: list[str], wanted: Set[str]) -> bool:
+        """A login that needs TLS first is refused before anything is asked for.
+
+        `offered`: the mechanisms to be had, `wanted`: those that would do.
+        """
+        if not tls_would_help(self, offered, wanted):
             return False
         refuse = Refuse(Cause.TLS_REQUIRED)
         self.end_if_told(refuse, self.refuse(refuse, "auth"))
@@ -79,6 +82,7 @@ class StoreConversation(Conversation):
             refuse = Refuse(Cause.PIPELINING, text="commands sent behind STARTTLS", disconnect=True)
             await self.refuse_and_close(refuse, "command")
         else:
+            await self.leave_upstream()  # a login was relayed to it; it knows of the client what was said in clear
             self.ok("starttls")
             self.flush()
             await self.start_tls()
@@ -86,7 +90,7 @@ class StoreConversation(Conversation):
     async def log_in_with_password(self, user: bytes, password: bytes) -> bool:
         """LOGIN, PASS: the same question to the stages as PLAIN; True when the session is over."""
         offered = offered_mechanisms(self)
-        if self.refused_in_clear(offered):
+        if self.refused_in_clear(offered, PASSWORD_MECHANISMS):
             return False
         try:
             credentials = sasl.password(user, password, "PLAIN" if "PLAIN" in offered else "LOGIN")
@@ -102,9 +106,9 @@ class StoreConversation(Conversation):
     async def authenticate(self, mechanism: bytes, response: bytes | None) -> bool:
         """AUTHENTICATE, AUTH, `response` being the initial one, still base64; True when the session is over."""
         offered = offered_mechanisms(self)
-        if self.refused_in_clear(offered):
-            return False
         name = mechanism.decode("ascii", "replace").upper()
+        if self.refused_in_clear(offered, {name}):
+            return False
         if name not in offered or name == "APOP":
             self.error("bad_parameter")
             return False
@@ -120,8 +124,8 @@ class StoreConversation(Conversation):
     async def logged_in(self, verdict: Authenticated) -> bool:
         """The upstream's own answer to the login; `_serve` then joins client and upstream."""
         connection = self.connection
-        if connection is None:
-            raise Closing("the upstream left")
+        if connection is None or not connection.logged_in:
+            raise Closing("nobody is logged in at the upstream")
         self.tell_settled(Phase.AUTH, LOGGED_IN)
         self.flush()
         self.wire.write(connection.login_answer)  # the transcript has it from the upstream, without secrets

@@ -63,7 +63,7 @@ class Local:
 def parse(text: str) -> Url:
     """The argument of `auth_http`. Raises Invalid."""
     if text[:8].lower() == "https://":
-        raise Invalid(f'auth_http "{text}": only HTTP is spoken, in nginx too; write http:// and a server that has it')
+        raise Invalid(f'auth_http "{text}": nginx speaks only HTTP there; write http://, and https:// in the pipeline')
     rest = text[7:] if text[:7].lower() == "http://" else text
     if rest.startswith("unix:"):
         path, _, uri = rest.removeprefix("unix:").partition(":")
@@ -76,6 +76,8 @@ def parse(text: str) -> Url:
         number = values.port_number(port) if port else 80
     except Invalid:
         raise Invalid(f'invalid port in auth_http "{text}"') from None
+    if "$" in host:
+        raise Invalid(f'auth_http "{text}": nginx knows no variables there; write the host itself')
     if not host:
         raise Invalid(f'no host in auth_http "{text}"')
     return Url(host, number, "", slash + uri if slash else "/")

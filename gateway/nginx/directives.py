@@ -6,12 +6,12 @@ written: what a server leaves out is imported as if it stood there.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway.config.problems import did_you_mean
 from gateway.nginx import values
 from gateway.nginx.conf import Directive, Findings
 from gateway.nginx.values import Invalid
@@ -156,9 +156,10 @@ def check_level(block: tuple[Directive, ...], context: Context, findings: Findin
         rule = RULES.get(directive.name)
         if rule is None:
             if context != "main":
-                near = did_you_mean(directive.name, [name for name in RULES if context in RULES[name].contexts])
-                text = f'unknown directive "{directive.name}"'
-                findings.unequal(directive, f"{text}; {near}" if near else text)
+                # Only what is very near: it may also be a directive of a newer nginx.
+                here = [name for name in RULES if context in RULES[name].contexts]
+                near = [f'; did you mean "{name}"?' for name in difflib.get_close_matches(directive.name, here, 1, 0.8)]
+                findings.unequal(directive, f'unknown directive "{directive.name}"{"".join(near)}')
             continue
         wrong = _wrong(directive, rule, context)
         if wrong:

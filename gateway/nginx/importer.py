@@ -58,9 +58,15 @@ def import_file(
     for server in servers:
         findings.take(server.findings)
     kinds = ("fatal",) if lenient else ("fatal", "unequal")
-    errors = findings.all(*kinds)
+    errors = _in_order(findings.all(*kinds))
     warnings = [finding for finding in findings.all() if finding not in errors]
     return Imported(head, _process(main), documents, errors, warnings)
+
+
+def _in_order(findings: list[Finding]) -> list[Finding]:
+    """As somebody who mends the files goes through them: file by file, from the top."""
+    files = list(dict.fromkeys(finding.file for finding in findings))
+    return sorted(findings, key=lambda finding: (files.index(finding.file), finding.line))
 
 
 def _head(path: Path, main: Main, findings: Findings) -> str:

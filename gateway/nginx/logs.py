@@ -32,7 +32,8 @@ def _sink(server: Server, directive: Directive, prefix: Path) -> Map | None:
         if not _syslog(server, directive, where.removeprefix("syslog:"), sink):
             return None
     elif where.startswith("memory:"):
-        server.findings.unequal(directive, "error_log: there is no log in memory; name a file, stderr or syslog:server=... instead")
+        text = "error_log: there is no log in memory; name a file, stderr or syslog:server=... instead"
+        server.findings.unequal(directive, text)
         return None
     else:
         sink.put("to", "file", str(directive)).put("path", str(prefix / where))

@@ -224,6 +224,11 @@ class Transcript:
         """One or more complete command lines of the client, with or without their line end."""
         self._commands(self._client, data)
 
+    def hide(self, secret: bytes) -> None:
+        """What no reply may show, neither the upstream's nor, in its words, ours."""
+        self._client.hide((secret,))
+        self._upstream.hide((secret,))
+
     def from_client_secret(self) -> None:
         """A line of the client that was read as a SASL response."""
         self._put("C:", _REMOVED)

@@ -40,7 +40,6 @@ from gateway.protocol.sasl_observer import Observer
 __all__ = [
     "MAX_BASE64",
     "MECHANISMS",
-    "PLAINTEXT",
     "Certificate",
     "Challenge",
     "Credentials",
@@ -62,6 +61,7 @@ __all__ = [
     "oauth_error",
     "password",
     "server",
+    "shows_secret",
     "verify_apop",
     "verify_cram_md5",
 ]
@@ -190,8 +190,7 @@ class _OAuthBearer(ServerExchange):
 MECHANISMS: Final = ("PLAIN", "LOGIN", "CRAM-MD5", "EXTERNAL", "XOAUTH2", "OAUTHBEARER")
 """The mechanisms that `server` knows."""
 
-PLAINTEXT: Final = frozenset(("PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER"))
-"""The mechanisms in which the secret itself is sent."""
+_PROVE: Final = ("SCRAM-", "CRAM-MD5", "DIGEST-MD5")
 
 _CLIENT_ONLY: Final[dict[str, type[ServerExchange]]] = {
     "PLAIN": _Plain,
@@ -235,6 +234,11 @@ def decode_base64(line: bytes, limit: int = MAX_BASE64) -> bytes:
     if binascii.b2a_base64(data, newline=False) != line:
         raise malformed("not canonical base64")
     return data
+
+
+def shows_secret(mechanism: str) -> bool:
+    """Whether the secret itself is, or may be, sent: all but the mechanisms known to prove that one has it."""
+    return not mechanism.startswith(_PROVE)
 
 
 def decode_initial(argument: bytes, limit: int = MAX_BASE64) -> bytes:

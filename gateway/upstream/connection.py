@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import binascii
 import ipaddress
+import re
 from abc import ABC, abstractmethod
 from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from gateway.observe.redaction import SHORT_SECRET
 from gateway.protocol.errors import LocalError, PeerError
 from gateway.protocol.smtp import Ehlo, Reply
 from gateway.relay.wire import Wire, WireTimeout
@@ -28,6 +30,7 @@ Kind = Literal["down", "lost", "busy", "garbage", "tls", "timeout"]
 Expect = Callable[[Reply], None]
 
 QUIT_SECONDS = 2.0
+_BEARER = re.compile(rb"(?i)auth=bearer +([!-~]+)")
 NO_MECHANISM = Reply.of("504 5.5.4 the server offers no way to log in with a password")
 _ending: set[asyncio.Task[None]] = set()
 
@@ -214,6 +217,11 @@ class UpstreamConnection(ABC):
         quiet = self.between_commands and not self.in_exchange
         return quiet and not (self.closing or self.wire.eof or self.wire.buffered)
 
+    @property
+    def in_transaction(self) -> bool:
+        """Whether mail was begun there and not ended, so that nobody may log in (RFC 4954 4)."""
+        return False
+
     def hand_over(self) -> None:
         """The client speaks with the server from now on: forget what served our own conversation with it."""
         self.greeting = self.ehlo = None
@@ -252,6 +260,16 @@ class UpstreamConnection(ABC):
     async def _next_bytes(self) -> bytes:
         """What the server sent, b"" once it has closed."""
         return await self.wire.read()
+
+    def _hide(self, message: bytes) -> None:
+        """No reply, and no line of the transcript, shows the password or token in this SASL message."""
+        bearer = _BEARER.search(message)
+        before, _, last = message.rpartition(b"\0")
+        secret = bearer[1] if bearer is not None else last if before else b""  # or it is the user's name, for LOGIN
+        if len(secret) >= SHORT_SECRET:
+            self._secrets.append(secret)
+            if self.transcript is not None:
+                self.transcript.hide(secret)
 
     def failed(self, kind: Kind, text: str) -> UpstreamError:
         """Give the connection up: the error that ends this connection; every later wait gets it too."""

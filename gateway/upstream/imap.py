@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gateway.protocol import imap
 from gateway.protocol.errors import PeerError
+from gateway.protocol.sasl import shows_secret
 from gateway.protocol.smtp import Reply
 from gateway.stage import SaslStep
 from gateway.upstream.connection import NO_MECHANISM, UpstreamError, mechanism_name
@@ -195,6 +196,8 @@ class ImapConnection(StoreConnection):
         self._tag = self.client_tag or self._next_tag()
         line = self._tag + b" AUTHENTICATE " + name
         response = b"" if initial is None else b64encode(initial) or b"="
+        if initial is not None and shows_secret(mechanism):
+            self._hide(initial)
         along = bool(response) and "SASL-IR" in self.extensions and len(line) + len(response) + 3 <= MAX_LINE
         if along:
             return self._sasl_step(await self._say(line + b" " + response + b"\r\n", secret=True, secrets=(response,)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gateway.protocol import pop3
 from gateway.protocol.errors import PeerError
+from gateway.protocol.sasl import shows_secret
 from gateway.protocol.smtp import Reply
 from gateway.stage import SaslStep
 from gateway.upstream.connection import mechanism_name
@@ -109,6 +110,8 @@ class Pop3Connection(StoreConnection):
         """AUTH; an initial response that does not fit the line waits for the continuation (RFC 5034 4)."""
         line = b"AUTH " + mechanism_name(mechanism)
         response = b"" if initial is None else b64encode(initial) or b"="
+        if initial is not None and shows_secret(mechanism):
+            self._hide(initial)
         if response and len(line) + 1 + len(response) + 2 <= MAX_COMMAND:
             return self._sasl_step(await self._say(line + b" " + response + b"\r\n", secret=True, secrets=(response,)))
         step = self._sasl_step(await self._say(line + b"\r\n"))

@@ -115,6 +115,8 @@ def _worded(refuse: Refuse, messages: ErrorMessages) -> Refuse:
     login = refuse.cause in _LOGIN
     if refuse.reply is None:
         return refuse
+    if refuse.reply.code < 400:  # out of place; the client would go on
+        return replace(refuse, reply=None)
     if messages == "auto":
         judged = not login and refuse.cause not in (
             Cause.UPSTREAM_DOWN, Cause.UPSTREAM_BUSY, Cause.UPSTREAM_MISCONFIGURED

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gateway.observe.transcript import secrets_of, without
 from gateway.protocol.errors import LocalError, PeerError
+from gateway.protocol.sasl import shows_secret
 from gateway.protocol.smtp import Ehlo, Reply, ReplyReader, parse_ehlo
 from gateway.stage import SaslStep
 from gateway.upstream.connection import (
@@ -81,6 +82,11 @@ class Connection(UpstreamConnection):
     def spoke_early(self) -> bool:
         """Whether the server closed, or said something that nothing asked for, while no reply is owed."""
         return self.wire.eof or (not self._due and self._out_of_turn())
+
+    @property
+    def in_transaction(self) -> bool:
+        """MAIL was accepted, and RSET goes out with the next one only."""
+        return self.needs_reset or self._open
 
     @property
     def farewell(self) -> bytes:
@@ -240,6 +246,8 @@ class Connection(UpstreamConnection):
         line = b"AUTH " + mechanism_name(mechanism)
         if initial is None:
             return self._auth_step(await self.command(line, secret=True))
+        if shows_secret(mechanism):
+            self._hide(initial)
         response = b64encode(initial) or b"="
         if len(line) + 1 + len(response) + 2 <= MAX_COMMAND:
             return self._auth_step(await self.command(line + b" " + response, secret=True))
@@ -268,6 +276,7 @@ class Connection(UpstreamConnection):
         if "PLAIN" in offered:
             step = await self.sasl("PLAIN", b"\0" + user + b"\0" + password)
         elif "LOGIN" in offered:
+            self._hide(b"\0\0" + password)
             step = await self.sasl("LOGIN", None)
             for answer in (user, password):
                 if step.reply is None:

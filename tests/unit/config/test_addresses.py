@@ -110,9 +110,9 @@ def test_local_servers() -> None:
         ("imap:x:143", "'imap:x:143' is not how a listen address is written; write imap://x:143"),
         ("x:993", "'x:993' has no scheme; write imaps://x:993"),
         ("smtp://x:30-20", "'smtp://x:30-20' is not a range of ports; "
-                           "write the first and the last: smtp://127.0.0.1:2000-2003"),
+                           "write the first and the last: smtp://x:2000-2003"),
         ("smtp://x:0-20", "'smtp://x:0-20' is not a range of ports; "
-                          "write the first and the last: smtp://127.0.0.1:2000-2003"),
+                          "write the first and the last: smtp://x:2000-2003"),
         ("lmtp://x:20-30", "'lmtp://x:20-30' is SMTP's port, where LMTP must not be spoken (RFC 2033 5); "
                            "write port 24"),
         ("x:25", "'x:25' has no scheme; write smtp://x:25"),

@@ -105,6 +105,7 @@ def test_proxy_pass(imported: Import) -> None:
     alone = document("")
     assert at(alone, "stages.auth_relay") == {} and at(alone, "listen.0.capabilities") is None
     assert at(alone, "upstreams.upstream.capabilities") is None  # it is asked what it has
+    assert at(document("smtp_auth login cram-md5;"), "stages.auth_relay") == {"mechanisms": ["LOGIN", "CRAM-MD5"]}
     assert at(document("xclient off;"), "upstreams.upstream.hello") is None  # with EHLO
     assert at(document("proxy_smtp_auth on;"), "stages.upstream_auth") is None
     asked = document("auth_http h.test;")

@@ -40,8 +40,8 @@ KINDS: dict[str, dict[str, dict[str, object]]] = {
         "pop3s-995": {"listen.1.url": "pop3s://0.0.0.0:995", "listen.0.ipv6only": True},
     },
     "submission_proxy_pass": {
-        "smtp-587": {"stages.auth_relay": {}, "upstreams.upstream.servers": ["smtp://127.0.0.1:10587"]},
-        "smtps-465": {"stages.auth_relay": {}, "stages.xclient": None},
+        "smtp-587": {"stages.auth_relay": {"mechanisms": ["LOGIN", "PLAIN"]}, "upstreams.upstream.servers": ["smtp://127.0.0.1:10587"]},
+        "smtps-465": {"stages.auth_relay": {"mechanisms": ["LOGIN", "PLAIN"]}, "stages.xclient": None},
     },
     "static_auth": {
         "imap-143": {"stages.upstream_auth.verify": "upstream", "upstreams.upstream.servers": ["imap://127.0.0.1:10143"]},

@@ -9,6 +9,8 @@ import pytest
 from tests.unit.nginx.conftest import at
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.unit.nginx.conftest import Import
 
 SERVER = "server { listen 25; %s }"
@@ -70,7 +72,7 @@ def test_the_protocol(imported: Import, listens: str, protocol: str) -> None:
 @pytest.mark.parametrize(
     ("conf", "error"),
     [
-        ("events {}", "nginx.conf:0: there is no mail {} in this file"),
+        ("events {}", "nginx.conf:0: there is no mail {} in this file or in what it includes"),
         ("mail {\n}", "nginx.conf:1: there is no server {} in mail {}"),
         ("mail {} mail {}", 'nginx.conf:1: "mail" directive is duplicate'),
         ("mail { server { listen 25; } }", 'nginx.conf:1: no "auth_http" is defined for server'),
@@ -84,7 +86,7 @@ def test_the_protocol(imported: Import, listens: str, protocol: str) -> None:
         ("mail { auth_http a; server { listen unix:/s; listen unix:/s; protocol smtp; } }", 'nginx.conf:1: duplicate "/s" address and port pair'),
         ("mail { timeout { } }", 'nginx.conf:1: directive "timeout" is not terminated by ";"'),
         ("mail; ", 'nginx.conf:1: directive "mail" has no opening "{"'),
-        ("worker_shutdown_timeout x; mail {}", 'nginx.conf:1: "worker_shutdown_timeout" directive: invalid value'),
+        ("worker_shutdown_timeout x; mail {}", 'nginx.conf:1: "worker_shutdown_timeout" directive: invalid value "x", times are written 500ms, 30s, 1m30s, 1h, 1d'),
     ],
 )  # fmt: skip
 def test_what_nginx_refuses(imported: Import, conf: str, error: str) -> None:
@@ -92,6 +94,20 @@ def test_what_nginx_refuses(imported: Import, conf: str, error: str) -> None:
         result = imported(conf, lenient=lenient)
         assert error in result.errors
         assert result.imported.documents == []
+
+
+@pytest.mark.parametrize(
+    ("conf", "only"),
+    [
+        ("mail {\n auth_http a;\n", 'nginx.conf:2: unexpected end of file, expecting "}"'),
+        ("mail { listen 25; } }", 'nginx.conf:1: unexpected "}"'),
+        ("include none.conf;", "nginx.conf:1: the included file FOLDER/none.conf cannot be read"),
+        ("mail { auth_http a; server { listen 25 proxy_protocol; set_real_ip_from none.test; } }",
+         'nginx.conf:1: host not found in set_real_ip_from "none.test"'),
+    ],
+)  # fmt: skip
+def test_no_second_error_comes_of_the_first(imported: Import, tmp_path: Path, conf: str, only: str) -> None:
+    assert imported(conf).errors == [only.replace("FOLDER", str(tmp_path))]
 
 
 def test_several_addresses_on_one_port(imported: Import) -> None:
