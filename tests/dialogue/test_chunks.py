@@ -60,6 +60,7 @@ async def test_a_size_that_nobody_sends() -> None:
     assert sum(line.startswith(b"MAIL") for line in upstream.commands) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.parametrize("refused", [False, True], ids=["good", "no recipient"])
 async def test_memory_does_not_grow_with_chunks(refused: bool) -> None:

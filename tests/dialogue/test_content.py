@@ -54,6 +54,7 @@ STAGE = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     CONTENTS,
@@ -197,6 +198,7 @@ async def before_sink(pipeline: Mapping[str, object]) -> AsyncIterator[tuple[Sin
 BLOCK = (b"x" * 98 + b"\r\n") * 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 async def test_a_large_message_that_is_edited_stays_out_of_memory() -> None:

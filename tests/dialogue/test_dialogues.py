@@ -15,7 +15,12 @@ from tests.dialogue.stages import STAGES
 FOLDER = Path(__file__).parent
 TRANSCRIPTS = [parse(path) for path in sorted(FOLDER.rglob("*.txt"))]
 CASES = [
-    pytest.param(transcript, mode, id=f"{transcript.path.relative_to(FOLDER).with_suffix('')}-{mode}")
+    pytest.param(
+        transcript,
+        mode,
+        id=f"{transcript.path.relative_to(FOLDER).with_suffix('')}-{mode}",
+        marks=[pytest.mark.slow] if mode == "bytes" else [],  # every split of the codecs is a unit test already
+    )
     for transcript in TRANSCRIPTS
     for mode in transcript.modes
 ]

@@ -144,6 +144,7 @@ def test_overlong_line_is_never_broken() -> None:
             assert scan(policy, pieces)[1:] == (wire[:-3], True, b"")
 
 
+@pytest.mark.slow
 @given(WIRE, st.sampled_from([b"", b"\r\n.\r\n", b"\r\n.\r\nQUIT\r\n"]), st.integers(0, 9))
 def test_scanner_is_its_model_on_every_split(head: bytes, tail: bytes, seed: int) -> None:
     wire = head + tail
@@ -238,6 +239,7 @@ def stuff(policy: str, pieces: list[bytes]) -> tuple[DotStuffer, bytes]:
     return stuffer, b"".join([*map(stuffer.feed, pieces), stuffer.finish()])
 
 
+@pytest.mark.slow
 @given(WIRE, st.integers(0, 9))
 def test_stuffer_is_its_model_on_every_split(content: bytes, seed: int) -> None:
     for policy in POLICIES:
