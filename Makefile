@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 TWO := -n 2 --dist loadfile
 STAMP := $(VENV)/.installed
 MILTER := $(VENV)/.milter
-PEERS := postfix postfix-pcre dovecot-core swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl libnet-ssleay-perl \
-         libdigest-hmac-perl fail2ban rspamd opendkim opendkim-tools miltertest dovecot-lmtpd \
-         dovecot-imapd dovecot-pop3d fetchmail isync libmilter-dev python3-dev gcc libc6-dev
+PEERS := postfix postfix-pcre dovecot-core swaks curl openssl nginx libnginx-mod-mail libauthen-sasl-perl \
+         libnet-ssleay-perl libdigest-hmac-perl fail2ban haproxy redis-server redis-sentinel redis-tools groff-base \
+         systemd iproute2 rspamd opendkim opendkim-tools miltertest dovecot-lmtpd dovecot-imapd dovecot-pop3d \
+         fetchmail isync libmilter-dev python3-dev gcc libc6-dev
 
 .PHONY: run test test-fast check peers bench docs lock clean
 
@@ -52,10 +53,11 @@ bench: $(STAMP) peers
 
 docs: $(STAMP)
 	$(BIN)/python scripts/reference.py
+	$(BIN)/python -m scripts.metrics_reference
 
 lock:
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip compile --quiet --universal --no-emit-index-url --extra dev --generate-hashes \
+	$(BIN)/python -m uv pip compile --quiet --universal --no-emit-index-url --extra dev --extra redis --extra otel --generate-hashes \
 	  --custom-compile-command "make lock" -o requirements.lock pyproject.toml
 	echo "pymilter>=1.0.5" | $(BIN)/python -m uv pip compile --quiet --universal --no-emit-index-url --generate-hashes \
 	  --custom-compile-command "make lock" -o requirements-milter.lock -

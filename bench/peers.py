@@ -218,6 +218,6 @@ def start_gateway_for(
     path = folder / f"{name}.yaml"
     path.write_text(f"hostname: proxy.test\nlisten: [{listen}]\n{pipeline}\n")
     log = folder / f"{name}.log"
-    gateway = Process([sys.executable, "-m", "gateway", "run", str(path)], log, env)
+    gateway = Process([sys.executable, "-m", "gateway", "run", "--no-supervisor", str(path)], log, env)
     gateway.until(lambda: "gateway: ready" in log.read_text())
     return gateway, ports

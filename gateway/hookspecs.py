@@ -163,4 +163,10 @@ def close(session: Session) -> None:
     """s/a. Once a session: look only; give back what was held."""
 
 
+@hookspec
+def clear_cache(user: str) -> int:
+    """s. An operator wants what was remembered about a user's logins forgotten (all users': empty); how many were."""
+    return 0
+
+
 PHASES: tuple[str, ...] = ("connect", "secure", "greeting", "helo", "auth", "route", "mail", "rcpt", "data", "message")

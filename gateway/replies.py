@@ -32,6 +32,7 @@ CAUSES: dict[Cause, CauseReply] = {
     Cause.PIPELINING: CauseReply("554 5.5.0", "450 4.5.0", False, "command sent before the reply to the last one"),
     Cause.TOO_MANY_CONNECTIONS: CauseReply("554 5.7.0", "421 4.7.0", True, "too many connections; try again later"),
     Cause.RATE_LIMIT: CauseReply("550 5.7.28", "450 4.7.28", True, "rate limit exceeded; try again later"),
+    Cause.BANNED: CauseReply("554 5.7.0", "421 4.7.0", True, "too many failures from your network; try again later"),
     Cause.TLS_REQUIRED: CauseReply("530 5.7.0", "451 4.7.0", False, "must issue a STARTTLS command first"),
     Cause.CERTIFICATE_REQUIRED: CauseReply("554 5.7.0", "421 4.7.0", True, "client certificate required"),
     Cause.CERTIFICATE_FAILED: CauseReply("554 5.7.0", "421 4.7.0", True, "client certificate not verified"),
@@ -149,6 +150,9 @@ FIXED: dict[Family, dict[str, str | None]] = {
 }
 ERRORS = {500: "unknown_command", 501: "bad_argument", 502: "not_available", 503: "bad_sequence", 504: "bad_parameter"}
 """Which fixed reply an SMTP error of ours is, by its code."""
+
+PROTOCOL_ERRORS = frozenset({"unknown_command", "bad_argument", "sasl_malformed"})
+"""Fixed replies to what is wrong by itself; others may follow from a refusal before them (RFC 2920 3.1)."""
 
 REFUSALS = frozenset(cause.name.lower() for cause in Cause) | {
     "sasl_cancelled", "sasl_malformed", "tls_active", "no_recipients", *ERRORS.values(),

@@ -7,7 +7,7 @@ only through `state()`; identity is never set by hand but through verdicts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from gateway.facts import FactValue
 from gateway.protocol.smtp import Reply, domain_of
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Address = tuple[str, int]
+
+
+class Seen(NamedTuple):
+    """What a stage answered. Many sessions share one of these, so that to remember an answer takes no memory.
+
+    `verdict`: `pass`, `hold`, `refuse`, `allow`, `rewrite`, `edit`, `authenticated`, `upstream`, `discard` or `error`;
+    `mode`: `enforce`, or `observe` for an answer that changed nothing.
+    """
+
+    stage: str
+    phase: str
+    verdict: str
+    mode: str
 
 
 class Listener:
@@ -184,7 +197,7 @@ class Session(_Stateful):
     AUTH, lower-cased; `identity` an override for upstreams (secret). `trusted`: a peer trusted for XCLIENT
     gave the login. `password` or the OAuth `token` is for upstreams (secret); `relayed`: the upstream itself took the
     login, so that no other connection has it. `upstream_offer` is what the upstreams in question announce. IMAP:
-    `tag` of the login command, `client_id` what the client's ID said.
+    `tag` of the login command, `client_id` what the client's ID said. `trail`: what stages answered so far, in order.
     """
 
     __slots__ = (
@@ -216,6 +229,7 @@ class Session(_Stateful):
         "times",
         "tls",
         "token",
+        "trail",
         "transaction",
         "transactions",
         "trusted",
@@ -264,6 +278,7 @@ class Session(_Stateful):
         self.facts: dict[str, FactValue] | None = None
         self.asked: set[tuple[int, int]] | None = None
         self.times: dict[str, float] | None = None
+        self.trail: list[Seen] | None = None
 
     @property
     def login(self) -> str:

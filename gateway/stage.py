@@ -60,6 +60,9 @@ class Worker(Protocol):
     def loop(self) -> asyncio.AbstractEventLoop: ...
     @property
     def hostname(self) -> str: ...
+    def trusts(self, address: str) -> bool:
+        """Whether the address is in the pipeline's `trust`, or one of its upstream servers', as far as looked up."""
+        ...
 
 
 class Attempt(Protocol):
@@ -168,7 +171,8 @@ class Timed:
 class Outcome:
     """What was decided in a phase, for `settled`: the phase, the reply's first digit, cause and stage if refused.
 
-    `recipient` is the address in `rcpt` where it was refused.
+    `recipient` is the address in `rcpt` where it was refused. Phase `command`: what belongs to no phase, such as
+    protocol errors of the client (cause PROTOCOL, without a reply).
     """
 
     __slots__ = ("cause", "phase", "recipient", "reply", "reply_class", "stage")

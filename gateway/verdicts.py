@@ -30,6 +30,7 @@ class Cause(Enum):
     PIPELINING = "unauthorized pipelining"
     TOO_MANY_CONNECTIONS = "too many connections"
     RATE_LIMIT = "rate limit"
+    BANNED = "banned"
     TLS_REQUIRED = "TLS required"
     CERTIFICATE_REQUIRED = "client certificate required"
     CERTIFICATE_FAILED = "client certificate not verified"

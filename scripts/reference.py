@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter
 
 from gateway import hookspecs, values, verdicts
-from gateway.config import listen, log_settings, models, resolver, tls_settings
+from gateway.config import listen, log_settings, models, process, resolver, tls_settings
 from gateway.facts import BUILT_IN, Fact
 from gateway.limits import Limits
 from gateway.observe.records import RECORDS
@@ -112,7 +112,12 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("log: sinks", "", log_settings.LogSink),
     ("listen: log", "As the pipeline's, but for `debug_clients`:", log_settings.LogSinks),
     ("resolver", "", resolver.ResolverSettings),
-    ("process", "At most one of all documents that are loaded together has it.", models.Process),
+    ("process", "At most one of all documents that are loaded together has it.", process.Process),
+    ("process.store", "", process.Store),
+    ("process.store.lmdb", "", process.LmdbStore),
+    ("process.store.redis", "", process.RedisStore),
+    ("process.admin", "", process.Admin),
+    ("process.traces", "", process.Traces),
 )
 
 INTRODUCTION = """

@@ -129,7 +129,7 @@ class AuthFile(Stage):
         self._threads: ThreadPoolExecutor | None = None
         self._pending = 0
         self._unreadable: tuple[int, int, int] | None = None
-        self._cache: dict[bytes, float] = {}
+        self._cache: dict[bytes, tuple[float, str]] = {}  # until when, whose
         self._key = token_bytes(32)
 
     async def start(self, worker: Worker) -> None:
@@ -205,7 +205,7 @@ class AuthFile(Stage):
         key, now = b"", self._clock()
         if self.settings.cache:
             key = self._cache_key(entry, user, password)
-            if self._cache.get(key, 0.0) > now:
+            if key in self._cache and self._cache[key][0] > now:
                 return True
         if self._pending >= self.settings.threads + self.settings.queue:
             return None
@@ -217,8 +217,15 @@ class AuthFile(Stage):
         if right and key:
             if len(self._cache) >= CACHED:
                 self._cache.clear()
-            self._cache[key] = now + self.settings.cache
+            self._cache[key] = now + self.settings.cache, user.lower()
         return right
+
+    def clear_cache(self, user: str) -> int:
+        """Forget right passwords of `user` (of all if empty); how many."""
+        keys = [key for key, (_, whose) in self._cache.items() if user.lower() in ("", whose)]
+        for key in keys:
+            del self._cache[key]
+        return len(keys)
 
     def _cache_key(self, entry: StoredPassword, user: str, password: str) -> bytes:
         """An HMAC over everything that the verify sees, so that a changed hash or user is another key."""

@@ -208,7 +208,7 @@ class AuthHttp(Stage):
             (name, value.reveal().encode()) for name, values in settings.headers.items() for value in values
         ]
         self._mechanisms = tuple(method.upper() for method in settings.methods)
-        self._cache: dict[bytes, tuple[float, Answer]] = {}
+        self._cache: dict[bytes, tuple[float, Answer, str]] = {}  # until when, what, about whom
         self._key = token_bytes(32)
         self._sleep = asyncio.sleep
 
@@ -245,7 +245,8 @@ class AuthHttp(Stage):
             return Refuse(Cause.AUTH_FAILED, log=f"{self.id}: no user may act for another")
         fields = _credentials(given)
         fields += [("Auth-Protocol", _protocol(session)), ("Auth-Login-Attempt", b"%d" % attempt.number)]
-        answer = await self._ask(session, [*fields, *_client(session), *self._tls(session), *self._headers])
+        asked = [*fields, *_client(session), *self._tls(session), *self._headers]
+        answer = await self._ask(session, asked, _user(given))
         if answer.error is not None:
             code = answer.code or self.settings.error_code or "535 5.7.0"
             cause = Cause.AUTH_FAILED if code[0] == "5" else Cause.AUTH_UNAVAILABLE
@@ -307,7 +308,7 @@ class AuthHttp(Stage):
         asked.recipient = recipient
         return asked.verdict
 
-    async def _ask(self, session: Session, fields: Fields) -> Answer:
+    async def _ask(self, session: Session, fields: Fields, user: str = "") -> Answer:
         """The server's last word, or what it said a moment ago. Raises HttpError, PeerError, AuthServerError."""
         if not self.settings.cache:
             return await self._decided(session.protocol, fields)
@@ -319,8 +320,15 @@ class AuthHttp(Stage):
         if answer.error is None:
             if len(self._cache) >= CACHED:
                 self._cache.clear()
-            self._cache[key] = (self._clock() + self.settings.cache, answer)
+            self._cache[key] = (self._clock() + self.settings.cache, answer, (user or answer.user).lower())
         return answer
+
+    def clear_cache(self, user: str) -> int:
+        """Forget what the server said about `user` (about all if empty); how many answers."""
+        keys = [key for key, (_, _, whose) in self._cache.items() if user.lower() in ("", whose)]
+        for key in keys:
+            del self._cache[key]
+        return len(keys)
 
     async def _decided(self, protocol: str, fields: Fields) -> Answer:
         """Ask, and ask again while the server says WAIT."""

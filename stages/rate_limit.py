@@ -18,7 +18,7 @@ per `rcpt.domain` at RCPT. `auth_failures` must stand above the auth stages; `pe
 was tried.
 
 Costs a look-up, without waiting where the store is this process's memory. When a shared store does not answer,
-`on_error` decides; what is only counted after the fact is then not counted, and logged.
+`on_error` decides; what is only counted after the fact is then not counted, which is logged when it begins.
 
     stages:
       - rate_limit: {count: connections, limit: [30/minute, 300/hour], exempt: [10.0.0.0/8]}
@@ -122,6 +122,7 @@ class RateLimit(Stage):
         self._by_address = text == "client.address"
         self._by_user = text == "auth.user" and settings.count == "auth_failures"
         self._noting: set[asyncio.Task[None]] = set()
+        self._lost = False  # the last count was, and that is in the log
 
     @property
     def first_only(self) -> bool:
@@ -253,13 +254,19 @@ class RateLimit(Stage):
             store.hit_now(key, self._windows, room)
 
     async def _note_later(self, key: str, n: int) -> None:
-        store = self._worker.store
+        store, room = self._worker.store, n
         try:
-            hit = await store.hit(key, self._windows, n)
-            if not hit.allowed and (room := self._room(hit)) > 0:
-                await store.hit(key, self._windows, room)
+            while room > 0:  # it shrinks: others may count between two calls
+                hit = await store.hit(key, self._windows, room)
+                if hit.allowed:
+                    break
+                room = self._room(hit)
         except Exception as error:
-            self._worker.log.warning("not_counted", stage=self.id, count=self.settings.count, error=str(error))
+            if not self._lost:
+                self._worker.log.warning("not_counted", stage=self.id, count=self.settings.count, error=str(error))
+            self._lost = True
+        else:
+            self._lost = False
 
     def _key(self, session: Session, transaction: Transaction | None, recipient: Recipient | None) -> str:
         """The store's key for `per` here; empty if it is not to be counted."""

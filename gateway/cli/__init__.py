@@ -9,6 +9,7 @@ import click
 COMMANDS = {
     "run": "Serve the pipelines of these files and folders.",
     "check": "Validate files; print each pipeline's chain and grade.",
+    "ctl": "See and steer a running gateway.",
     "probe": "Connect to each upstream as a pipeline would and say what is believed.",
     "stages": "What stages are installed, and their settings.",
     "schema": "JSON schema of a pipeline file, for editors.",

@@ -9,10 +9,9 @@ from typing import NoReturn
 import click
 
 from gateway.config.load import Loaded, load
-from gateway.config.problems import ConfigError, Problem
-from gateway.pipeline.compile import compile_pipeline
+from gateway.config.problems import ConfigError
+from gateway.pipeline.compile import compile_all
 from gateway.pipeline.plan import Plan
-from gateway.pipeline.registry import Registry
 
 
 def fail(text: str) -> NoReturn:
@@ -27,14 +26,7 @@ def plans(paths: Sequence[str]) -> tuple[list[Plan], Loaded]:
         loaded = load([Path(path) for path in paths])
     except ConfigError as error:
         fail(str(error))
-    registry = Registry()
-    compiled: list[Plan] = []
-    problems: list[Problem] = []
-    for pipeline, document in loaded.pipelines:
-        try:
-            compiled.append(compile_pipeline(pipeline, document, registry))
-        except ConfigError as error:
-            problems.extend(error.problems)
-    if problems:
-        fail(str(ConfigError(problems)))
-    return compiled, loaded
+    try:
+        return compile_all(loaded), loaded
+    except ConfigError as error:
+        fail(str(error))

@@ -1,4 +1,4 @@
-"""`gateway run FILE|DIR...`: serve until SIGTERM or SIGINT."""
+"""`gateway run FILE|DIR...`: serve until SIGTERM; SIGHUP reads the files again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gateway.cli.loading import fail, plans
-from gateway.cli.logging_setup import set_up
+from gateway.cli.loading import fail
 from gateway.cli.pid_file import PidFile
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True)
+@click.option("--workers", help="Worker processes, 1 to 64, or auto: one a processor; default: process.workers.")
 @click.option(
     "--loop",
     "loop_name",
@@ -34,27 +34,72 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write the process's id there once it serves; removed when it ends.",
 )
-def command(paths: tuple[str, ...], loop_name: str, pid_file: Path | None) -> None:
+@click.option(
+    "--no-supervisor",
+    is_flag=True,
+    help="Serve from this one process, for debugging: no reload, no admin API, no change of user.",
+)
+def command(
+    paths: tuple[str, ...], workers: str | None, loop_name: str, pid_file: Path | None, no_supervisor: bool
+) -> None:
     """Serve the pipelines of these files and folders."""
-    compiled, loaded = plans(paths)
-    process = loaded.process
+    if workers is not None:
+        _check_workers(workers)
+    with contextlib.ExitStack() as stack:
+        ready = _pid_file(stack, pid_file)
+        status = _alone(paths, loop_name, ready) if no_supervisor else _supervised(paths, workers, loop_name, ready)
+    raise SystemExit(status)
+
+
+def _supervised(paths: tuple[str, ...], workers: str | None, loop_name: str, ready: Callable[[], None]) -> int:
     from gateway.observe import logs
+    from gateway.service.supervisor import Supervisor
+    from gateway.service.systemd import ActivationError
+
+    logs.configure("auto")
+    try:
+        supervisor = Supervisor(paths, workers=workers, loop=loop_name, ready=ready)
+    except ActivationError as error:
+        fail(f"gateway: {error}")
+    return asyncio.run(supervisor.run())
+
+
+def _alone(paths: tuple[str, ...], loop_name: str, ready: Callable[[], None]) -> int:
+    from gateway.cli.loading import plans
+    from gateway.observe import logs
+    from gateway.service.child import loop_factory
     from gateway.service.heap import keep_heap
     from gateway.service.listening import StartError
+    from gateway.service.log_set_up import set_up
+    from gateway.service.places import state_directory, store_settings
     from gateway.service.worker import Worker
 
-    set_up(compiled, loaded)
+    compiled, loaded = plans(paths)
+    process = loaded.process
     keep_heap()
-    worker = Worker(compiled, process.state_directory)
     try:
-        with contextlib.ExitStack() as stack:
-            published = _pid_file(stack, pid_file)
-            runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory(loop_name)))
-            runner.run(_serve(worker, process.drain, published))
+        set_up(compiled, loaded)
+        state = state_directory(process) if process.state_directory or process.store else None
+        store = store_settings(process, state or state_directory(process), "memory")
+        worker = Worker(compiled, state, store=store)
+        with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+            runner.run(_serve(worker, process.drain, ready))
     except StartError as error:
         fail(f"gateway: {error}")
     finally:
         logs.close()
+    return 0
+
+
+def _check_workers(text: str) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from gateway.config.process import Workers
+
+    try:
+        TypeAdapter(Workers).validate_python(text)
+    except ValidationError:
+        fail(f"gateway: --workers {text}: not a number of workers; write a number from 1 to 64, or auto")
 
 
 def _pid_file(stack: contextlib.ExitStack, path: Path | None) -> Callable[[], None]:
@@ -67,32 +112,29 @@ def _pid_file(stack: contextlib.ExitStack, path: Path | None) -> Callable[[], No
         fail(f"gateway: pid file {path}: {error.strerror or error}")
 
 
-def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    if name == "asyncio":
-        return asyncio.new_event_loop
-    try:
-        import uvloop
-    except ImportError:
-        if name == "uvloop":
-            fail("gateway: uvloop is not installed")
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
-
-
 def _no_reload() -> None:
     """SIGHUP would end the process in the middle of messages, and who sends it wants the opposite."""
     import structlog
 
-    text = "SIGHUP: files are not read again while the gateway runs; stop it (SIGTERM) and start it"
+    text = "SIGHUP: without a supervisor files are not read again; stop it (SIGTERM) and start it"
     structlog.get_logger("gateway.run").warning("warning", text=text)
 
 
 async def _serve(worker: Worker, grace: float, ready: Callable[[], None]) -> None:
+    from gateway.service.child import reopen_logs
+
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+
+    def stop() -> None:
+        if stopped.is_set():
+            worker.hurry()
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, _no_reload)
+    loop.add_signal_handler(signal.SIGUSR1, reopen_logs)
     await worker.open()
     ready()
     print("gateway: ready", file=sys.stderr, flush=True)

@@ -6,7 +6,8 @@ import json
 
 import click
 
-from gateway.config.models import Pipeline, Process, Reserved
+from gateway.config.models import Pipeline, Reserved
+from gateway.config.process import Process
 from gateway.pipeline.reference import settings_schema
 from gateway.pipeline.registry import Registry, StageError
 

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ValidationError
 
 from gateway.config.documents import Document, read
 from gateway.config.explain import problems_from
-from gateway.config.models import Pipeline, Process
+from gateway.config.models import Pipeline
 from gateway.config.problems import ConfigError, Loc, Place, Problem, written_loc
+from gateway.config.process import Process
 from gateway.values import shown
 
 Model = TypeVar("Model", bound=BaseModel)

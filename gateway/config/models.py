@@ -23,7 +23,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 
 from gateway.config.addresses import Hostname, Resolver, ServerUrl
 from gateway.config.base import Findings as _Findings
@@ -473,40 +472,3 @@ class Pipeline(_Model):
             seen |= addresses
         findings.report(self)
         return self
-
-
-def _unavailable(value: object) -> None:
-    raise NotA("available in this version", "nothing", "not available in this version", "remove it")
-
-
-def _workers(value: object) -> object:
-    if value not in (1, "1"):
-        raise NotA("available in this version", "1", f"{shown(value)} workers are not available in this version")
-    return 1
-
-
-def _store(value: object) -> object:
-    if value in ("lmdb", "redis") or (isinstance(value, str) and value.startswith("redis://")):
-        raise NotA("available in this version", "memory", f"{shown(value)} is not available in this version")
-    return value
-
-
-Unavailable = Annotated[SkipJsonSchema[None], PlainValidator(_unavailable)]
-
-
-class Process(_Model):
-    """What holds for the whole process, whatever pipelines it runs: at most one `process:` of all files."""
-
-    workers: Annotated[Literal[1], BeforeValidator(_workers)] = Field(1, description="Processes; one in this version.")
-    store: Annotated[Literal["memory"], BeforeValidator(_store)] = Field(
-        "memory", description="Where limits are counted: this process's memory."
-    )
-    log: Log = Field(Log(), description="For pipelines that have no `log` of their own.")
-    drain: Duration = Field(30.0, description="How long sessions may go on after a stop was asked for.")
-    state_directory: PathValue | None = Field(
-        None, description="Where what upstreams announced is kept while they are down."
-    )
-    user: Unavailable = None
-    group: Unavailable = None
-    admin: Unavailable = None
-    metrics: Unavailable = None

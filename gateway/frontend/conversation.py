@@ -23,6 +23,7 @@ from gateway.observe.transcript import Transcript
 from gateway.protocol.smtp import NON_SMTP_TLS, Reply
 from gateway.relay.splice import Splice, SpliceResult
 from gateway.relay.wire import EndOfStream, Wire, WireTimeout
+from gateway.replies import PROTOCOL_ERRORS
 from gateway.session import Listener, Session
 from gateway.stage import Outcome
 from gateway.upstream.prelude import give_back
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.session")
 
 GOODBYE_QUIET = 2.0  # seconds
+KILL_SECONDS = 5.0
+KILLED = "session ended by the administrator"
 LF = 10
 MAX_QUEUED = 500  # replies to one pipelined group that wait for its end
 
@@ -45,9 +48,9 @@ class Conversation(ABC):
     """One session: the client's wire, what is known of the session, and the upstream once there is one."""
 
     __slots__ = (
-        "carried", "chain", "connection", "errors", "gone", "hand_off", "joined", "late", "limits", "login_deadline",
-        "out", "reason", "refusals", "replies", "said", "served", "session", "spliced", "splicing", "task",
-        "transcript", "trusted_lines", "upstream_pool", "waiting", "wire",
+        "carried", "chain", "connection", "drain_clock", "errors", "gone", "hand_off", "joined", "killed", "late",
+        "limits", "login_deadline", "out", "reason", "refusals", "replies", "said", "served", "session", "spliced",
+        "splicing", "task", "transcript", "trusted_lines", "upstream_pool", "waiting", "waiting_since", "wire",
     )  # fmt: skip
 
     connection: UpstreamConnection | None
@@ -59,6 +62,7 @@ class Conversation(ABC):
         self.limits = served.limits
         self.replies = replies
         self.session = self._new_session(listener)
+        wire.count(served.counts.received, served.counts.sent)
         self.out: list[bytes] = []
         self.connection = None
         self.upstream_pool: object = None
@@ -67,6 +71,7 @@ class Conversation(ABC):
         self.refusals = 0
         self.gone = False
         self.late = False  # limits.session_timeout has passed
+        self.killed = False  # an operator said so
         self.waiting = False
         self.said = False  # a command came since the greeting
         self.splicing = False
@@ -78,6 +83,8 @@ class Conversation(ABC):
         self.transcript: Transcript | None = None
         self.trusted_lines = False
         self.login_deadline = 0.0
+        self.waiting_since = 0.0
+        self.drain_clock: asyncio.TimerHandle | None = None
 
     def _new_session(self, listener: Listener) -> Session:
         served = self.served
@@ -155,6 +162,7 @@ class Conversation(ABC):
         logs.listener.set(self.session.listener.name)
         self.task = asyncio.current_task()
         self.wire.on_gone = self._client_gone
+        self.served.counts.began(self.session)
         self.login_deadline = self.wire.loop.time() + self.limits.login_timeout
         session_clock = self.wire.loop.call_later(self.limits.session_timeout, self._session_timeout)
         try:
@@ -172,6 +180,8 @@ class Conversation(ABC):
                 self.reason = "client reset"
             elif self.late:
                 self.last_word("time-out", Cause.TIMEOUT)
+            elif self.killed:
+                self.last_word("killed", Cause.SHUTDOWN, KILLED)
             elif self.served.draining:
                 self.last_word("shutdown", Cause.SHUTDOWN)
             else:
@@ -181,7 +191,12 @@ class Conversation(ABC):
             log.exception("internal_error", session=self.session.id, pipeline=self.session.pipeline)
             self.out.append(self.farewell(Refuse(Cause.STAGE_FAILED, disconnect=True)))
         finally:
+            self.task = None  # nobody cancels it any more
+            if self.killed and self.carried is not None:
+                self.reason = "killed"
             session_clock.cancel()
+            if self.drain_clock is not None:
+                self.drain_clock.cancel()
             await self._finish()
 
     async def _serve(self) -> None:
@@ -201,8 +216,6 @@ class Conversation(ABC):
         """From the client's address to the greeting."""
         served, chain, session = self.served, self.chain, self.session
         self.trusted_lines = session.trusted or session.client.address in served.trust_clients
-        if served.draining:
-            await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "greeting")
         if served.sessions > self.limits.sessions:
             await self.refuse_and_close(Refuse(Cause.TOO_MANY_CONNECTIONS, log="limits.sessions"), "greeting")
         until, early, stage = 0.0, None, ""
@@ -278,6 +291,8 @@ class Conversation(ABC):
 
     async def next_line(self, limit: int) -> bytes:
         """The next command line; what is queued is sent before the wait for it. Raises LineTooLong, Closing."""
+        if self.killed:
+            self.end_killed()
         wire = self.wire
         line = wire.next_line(limit)
         if line is None or len(self.out) > MAX_QUEUED:
@@ -288,9 +303,6 @@ class Conversation(ABC):
         if line is None:
             if self.late:
                 raise WireTimeout
-            if self.served.draining:
-                self.last_word("shutdown", Cause.SHUTDOWN)
-                raise Closing("shutdown")
             self.set_command_deadline()
             self.waiting = True
             try:
@@ -311,6 +323,7 @@ class Conversation(ABC):
     def set_command_deadline(self) -> None:
         """The client's next line must come in time for a command, and for the login while there was none."""
         limits, now = self.limits, self.wire.loop.time()
+        self.waiting_since = now
         seconds = limits.command_timeout
         if self.login_deadline:
             seconds = min(seconds, max(0.001, self.login_deadline - now))
@@ -320,15 +333,22 @@ class Conversation(ABC):
         """A line that a bare LF ended: two sides may not agree where it ends (promise 5). Raises Closing."""
         if self.wire.bare_lf and not self.trusted_lines and not self.served.bare_lf:
             self.write(self.bare_lf_reply())
+            if self.chain.settled:
+                self.chain.tell_settled(self.session, Outcome("command", 5, Cause.PROTOCOL, "", None))
             raise Closing("bare LF in a command")
 
     @abstractmethod
     def bare_lf_reply(self) -> bytes:
         """The answer to a line that a bare LF ended."""
 
-    def count_error(self) -> None:
-        """One of the errors that a session may make. Raises Closing after the last."""
+    def count_error(self, name: str = "") -> None:
+        """One of the errors that a session may make; `name` is that of its fixed reply. Raises Closing after the last.
+
+        Stages hear of it where it is an error of the client's whatever was said before.
+        """
         self.errors += 1
+        if name in PROTOCOL_ERRORS and self.chain.settled:
+            self.chain.tell_settled(self.session, Outcome("command", 5, Cause.PROTOCOL, "", None))
         if self.errors >= self.limits.errors:
             self.write_farewell(Refuse(Cause.TOO_MANY_ERRORS, disconnect=True), "command")
             raise Closing("too many errors")
@@ -377,6 +397,7 @@ class Conversation(ABC):
         """One log record a refusal; `settled` for the stages."""
         session = self.session
         self.refusals += 1
+        self.served.counts.refused(refuse, phase)
         transaction, recipient = session.transaction, self.asked_recipient if phase == "rcpt" else None
         log.info(
             "refusal",
@@ -479,7 +500,7 @@ class Conversation(ABC):
         joined = self.joined
         if joined is None or not (joined.last_from is None or (joined.last_from, joined.last_byte) == ("upstream", LF)):
             return False
-        joined.goodbye(self.farewell(Refuse(Cause.SHUTDOWN)))
+        joined.goodbye(self.farewell(Refuse(Cause.SHUTDOWN, text=KILLED if self.killed else "")))
         return True
 
     # -- the end --------------------------------------------------------------------------------------------
@@ -490,12 +511,58 @@ class Conversation(ABC):
         if not self.critical and not self.waiting and self.task is not None and not self.splicing:
             self.task.cancel()
 
-    def drain(self) -> None:
-        """The worker stops: an idle client is told so now, a busy one at its next command."""
+    def drain(self, quiet: float) -> None:
+        """The worker stops: a client that said nothing for `quiet` seconds is told so, and asked about again.
+
+        Who is in the middle of something may end it: a session that was accepted gets its first transaction through.
+        """
+        loop, task = self.wire.loop, self.task
+        if task is not None and task.done():
+            return
         if self.splicing:
             self._part_joined()
-        elif self.waiting and not self.busy and self.task is not None:
+            return
+        left = quiet
+        if self.waiting and not self.busy and task is not None:
+            left = self.waiting_since + quiet - loop.time()
+            if left <= 0:
+                task.cancel()
+                return
+        self.drain_clock = loop.call_later(max(left, 0.01), self.drain, quiet)
+
+    def kill(self) -> bool:
+        """An operator ends the session; False if that has to wait for the answer to a message (promise 2).
+
+        There is a goodbye unless the upstream is speaking: a joined session has KILL_SECONDS to come to a pause.
+        """
+        if self.task is None:
+            return True  # it is about to end
+        again, self.killed = self.killed, True
+        if self.splicing:
+            if not again:
+                self._part_killed(self.wire.loop.time() + KILL_SECONDS)
+        elif self.critical:
+            return False
+        elif not again:
             self.task.cancel()
+        return True
+
+    def _part_killed(self, until: float) -> None:
+        joined, task, loop = self.joined, self.task, self.wire.loop
+        if joined is None or task is None:
+            return
+        late = loop.time() >= until
+        if (late or loop.time() >= joined.last_progress + GOODBYE_QUIET) and self.part_now():
+            return
+        if late:
+            task.cancel()
+        else:
+            loop.call_later(GOODBYE_QUIET / 4, self._part_killed, until)
+
+    def end_killed(self) -> None:
+        """The end that had to wait. Raises Closing."""
+        self.last_word("killed", Cause.SHUTDOWN, KILLED)
+        raise Closing("killed")
 
     def _session_timeout(self) -> None:
         """`limits.session_timeout` passed: the session ends, once no message hangs in the balance (promise 2)."""
@@ -503,10 +570,10 @@ class Conversation(ABC):
         if not self.critical and self.task is not None:
             self.task.cancel()
 
-    def last_word(self, reason: str, cause: Cause) -> None:
+    def last_word(self, reason: str, cause: Cause, text: str = "") -> None:
         """A farewell that is no refusal."""
         self.reason = reason
-        self.out.append(self.farewell(Refuse(cause)))
+        self.out.append(self.farewell(Refuse(cause, text=text)))
 
     def start_transcript(self) -> None:
         """`debug_clients`: log the dialogue, secrets removed."""
@@ -518,6 +585,8 @@ class Conversation(ABC):
         if self.chain.close:
             await self.chain.tell_close(self.session)
         session, carried, mail = self.session, self.carried, self.replies.family == "smtp"
+        reason = f"{self.reason}: {carried.reason}" if carried is not None else self.reason
+        self.served.counts.ended(session, reason)
         log.info(
             "session",
             session=session.id,
@@ -536,7 +605,7 @@ class Conversation(ABC):
             upstream=self.spliced or None,
             bytes_up=carried.bytes_up if carried is not None else None,
             bytes_down=carried.bytes_down if carried is not None else None,
-            reason=f"{self.reason}: {carried.reason}" if carried is not None else self.reason,
+            reason=reason,
         )
 
     async def _finish(self) -> None:

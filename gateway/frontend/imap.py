@@ -85,8 +85,6 @@ class ImapConversation(StoreConversation):
                 if error.close:
                     raise Closing("octets of a refused literal would be read as commands") from None
                 continue
-            if self.served.draining:
-                await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "command")
             self.said = True
             self.tag = self.session.tag = command.tag
             handler = COMMANDS.get(command.name)
@@ -139,7 +137,7 @@ class ImapConversation(StoreConversation):
     def error(self, name: str) -> None:
         """An error that counts; `name` is that of `replies.FIXED`."""
         self.write(self._tagged(self.replies.fixed(name)))
-        self.count_error()
+        self.count_error(name)
 
     # -- capabilities
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.auth")
 
 MAX_DELAY = 15.0
+_OUTAGES = (Cause.AUTH_UNAVAILABLE, Cause.STAGE_FAILED)
 
 
 class ClientAttempt(Timed):
@@ -72,9 +73,14 @@ async def exchange(conversation: Conversation, mechanism: str, initial: bytes | 
         return sasl.Exchange(mechanism, initial)
     text = f"<{secrets.token_hex(8)}.{int(time())}@{conversation.served.hostname}>".encode()
     server = sasl.server(mechanism, challenge_text=text)
-    step = server.step(initial)
-    while isinstance(step, sasl.Challenge):
-        step = server.step(await ask_client(conversation, step.data))
+    try:
+        step = server.step(initial)
+        while isinstance(step, sasl.Challenge):
+            step = server.step(await ask_client(conversation, step.data))
+    except PeerError as error:
+        result = "canceled" if isinstance(error, SaslCancelled) else "malformed"
+        conversation.served.counts.login(mechanism, result)
+        raise
     return step
 
 
@@ -142,6 +148,7 @@ async def _succeeded(conversation: Conversation, attempt: ClientAttempt, verdict
                 return False
     session.postponed = None
     conversation.login_deadline = 0.0
+    conversation.served.counts.login(credentials.mechanism, "ok")
     log.info(
         "auth",
         session=session.id,
@@ -184,6 +191,9 @@ async def _answer_failure(
 ) -> None:
     session, limits, credentials = conversation.session, conversation.limits, attempt.credentials
     session.auth_failures += 1
+    result = "unavailable" if refuse.cause in _OUTAGES else "refused"
+    conversation.served.counts.login(credentials.mechanism, result)
+    conversation.served.counts.refused(refuse, "auth")
     log.info(
         "auth_failure",
         session=session.id,

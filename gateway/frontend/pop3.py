@@ -25,7 +25,7 @@ from gateway.protocol.errors import PeerError
 from gateway.protocol.smtp import Reply
 from gateway.relay.wire import LineTooLong, Wire
 from gateway.session import Listener
-from gateway.verdicts import Cause, Refuse
+from gateway.verdicts import Refuse
 
 # Of an upstream's capabilities, what is ours to say before login, or changes a conversation that begins with us.
 OWN = frozenset(("USER", "SASL", "STLS", "RESP-CODES", "AUTH-RESP-CODE", "UTF8", "LANG", "XCLIENT", "APOP"))
@@ -77,8 +77,6 @@ class Pop3Conversation(StoreConversation):
                 self.user = None
                 self.error("bad_argument")
                 continue
-            if self.served.draining:
-                await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "command")
             self.refuse_bare_lf()
             self.said = True
             if self.transcript is not None:
@@ -109,7 +107,7 @@ class Pop3Conversation(StoreConversation):
     def error(self, name: str) -> None:
         """An error that counts; `name` is that of `replies.FIXED`."""
         self.write(f"{self.replies.fixed(name)}\r\n".encode())
-        self.count_error()
+        self.count_error(name)
 
     def capabilities(self) -> dict[str, str]:
         """What CAPA lists before login: ours, and what every upstream has that matters after it."""

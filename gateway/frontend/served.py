@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from gateway.frontend.counts import Counts
 from gateway.limits import Limits
 from gateway.relay.spool import SpoolSpace
 from gateway.replies import FAMILIES, Family, Replies
@@ -99,6 +100,11 @@ class Served:
     end_of_data: float = 240.0
     draining: bool = False
     sessions: int = 0
+    counts: Counts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = Counts(self.name)
+        self.spool.measure(self.name)
 
     def candidates(self, protocol: str) -> list[Pool]:
         """Pools that a session of this protocol may be routed to while nothing is decided."""

@@ -22,6 +22,7 @@ from gateway.frontend.smtp_verbs import LMTP_VERBS, VERBS
 from gateway.protocol.errors import PeerError
 from gateway.protocol.smtp import NON_SMTP_TLS, Reply, looks_like, parse_command
 from gateway.relay.wire import LineTooLong, Wire, WireTimeout
+from gateway.replies import ERRORS
 from gateway.session import Listener
 from gateway.upstream.smtp import Connection
 from gateway.verdicts import Authenticated, Cause, Refuse
@@ -129,7 +130,7 @@ class SmtpConversation(Conversation):
             except LineTooLong:
                 self.error("500 5.5.2 line too long")
                 continue
-            if self.served.draining and self.session.transaction is None:
+            if self.served.draining and self._had_its_turn(line):
                 await self.refuse_and_close(Refuse(Cause.SHUTDOWN), "command")
             self.refuse_bare_lf()
             if self.transcript is not None:
@@ -156,8 +157,15 @@ class SmtpConversation(Conversation):
             if self.reason == "handed off":
                 return True
 
+    def _had_its_turn(self, line: bytes) -> bool:
+        """At a stop: the session has sent a message and begins something new. Who leaves gets the 221."""
+        session = self.session
+        return session.transactions > 0 and session.transaction is None and line[:4].upper() != b"QUIT"
+
     async def _next_line(self) -> bytes:
-        """The next command line; what is queued is sent before the wait for it. Raises LineTooLong."""
+        """The next command line; what is queued is sent before the wait for it. Raises LineTooLong, Closing."""
+        if self.killed:
+            self.end_killed()
         wire, limits = self.wire, self.limits
         # AUTH may carry a whole token (RFC 4954 section 4); other commands keep their own limit.
         limit = max(limits.command_line, limits.auth_line) if self.chain.mechanisms else limits.command_line
@@ -172,9 +180,6 @@ class SmtpConversation(Conversation):
         if line is None:
             if self.late:
                 raise WireTimeout
-            if self.served.draining and self.session.transaction is None:
-                self.last_word("shutdown", Cause.SHUTDOWN)
-                raise Closing("shutdown")
             self.set_command_deadline()
             self.waiting = True
             try:
@@ -221,7 +226,7 @@ class SmtpConversation(Conversation):
     def error(self, text: str, name: str = "") -> None:
         """An error reply that counts; `name` is that of `replies.FIXED` where the code does not tell."""
         self.write(smtp_mail.softened(self, Reply.of(self.replies.error(text, name))).encode())
-        self.count_error()
+        self.count_error(name or ERRORS.get(int(text[:3]), ""))
 
     def count_junk(self) -> None:
         """Commands that carry no mail (postconf(5) smtpd_junk_command_limit)."""

@@ -280,6 +280,7 @@ def record(conversation: SmtpConversation) -> None:
         finals = [f"{r.original} {r.final.code} {r.final.text}" for r in transaction.recipients if r.final is not None]
     times = {stage: round(seconds * 1000, 3) for stage, seconds in (session.times or {}).items()}
     session.times = None
+    conversation.served.counts.transaction(transaction)
     log.info(
         "transaction",
         session=session.id,

@@ -61,6 +61,7 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
     await conversation.end_session()
     conversation.reason = "quit"
     conversation.session = fresh
+    conversation.served.counts.began(fresh)
     conversation.offer = {}
     return True
 

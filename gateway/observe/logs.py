@@ -24,6 +24,7 @@ from typing import Final, Literal, TextIO, cast
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from gateway.observe import recent
 from gateway.observe.lines import HEAD, Record, listener, pipeline, rfc3339
 from gateway.observe.redaction import (
     MAX_SECRETS,
@@ -37,7 +38,7 @@ from gateway.observe.sinks import LEVELS, Level, Sink, Stream
 
 __all__ = [
     "LEVELS", "MAX_SECRETS", "REDACTED", "SHORT_SECRET", "Format", "Level", "close", "configure", "forget_secrets",
-    "get_logger", "listener", "pipeline", "redact", "register_secret", "reopen", "route",
+    "get_logger", "listener", "pipeline", "redact", "register_secret", "reopen", "route", "set_level",
 ]  # fmt: skip
 
 Format = Literal["json", "text", "auto"]
@@ -73,6 +74,7 @@ class _Routes:
         self.pipelines: dict[str, _Route] = {}
         self.listeners: dict[tuple[str, str], _Route] = {}
         self.split = False
+        self.configured: dict[Sink, int] = {}
 
     def sinks(self) -> list[Sink]:
         """Each once."""
@@ -95,6 +97,14 @@ class _Routes:
         for sink in old:
             if sink not in kept:
                 sink.close()
+        self.configured = {sink: sink.threshold for sink in kept}
+
+    def set_level(self, level: Level | None) -> None:
+        """Of every sink."""
+        for sink, threshold in self.configured.items():
+            sink.threshold = threshold if level is None else LEVELS[level]
+        for route in (self.process, *self.pipelines.values(), *self.listeners.values()):
+            route.threshold = min(sink.threshold for sink in route.sinks)
 
     def find(self, name: str) -> _Route:
         """Where the records of this pipeline go, from here."""
@@ -126,6 +136,7 @@ class _Routes:
             if key in HEAD:
                 key = f"{key}_"
             record[key] = value
+        recent.records.append(record)
         if (only := route.only) is not None:
             only.write(only.render(record, now), level, now)
         else:
@@ -194,6 +205,11 @@ def route(
         logger_factory=_Named,
         cache_logger_on_first_use=True,
     )
+
+
+def set_level(level: Level | None) -> None:
+    """Log records of `level` and above to every sink, until `route` is called; None: what was configured."""
+    _routes.set_level(level)
 
 
 def reopen() -> None:

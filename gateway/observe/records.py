@@ -31,6 +31,11 @@ _SESSION: Final = {
     "client": "Address of the client (after PROXY and XCLIENT).",
 }
 _STAGE: Final = {"stage": "Id of the stage.", "pipeline": "Name of the pipeline."}
+_CERTIFICATE: Final = {
+    "certificate": "Path of its chain.",
+    "names": "DNS names that it is for.",
+    "expires": "When it expires (RFC 3339, UTC).",
+}
 _USER: Final = {"user": "Login as the client typed it."}
 
 RECORDS: Final[dict[str, RecordSpec]] = {
@@ -44,7 +49,15 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         },
         "pipeline {pipeline} accepts connections",
     ),
-    "stop": RecordSpec("The worker served its last session.", {}, "the last session is over"),
+    "stop": RecordSpec(
+        "The worker served its last session.",
+        {
+            "sessions": "Sessions that were open when it began to stop.",
+            "cut": "Those that were closed when the time was up.",
+            "seconds": "From the begin to the last session's end.",
+        },
+        "the last session is over",
+    ),
     "session": RecordSpec(
         "A session ended; one for each connection.",
         {
@@ -131,6 +144,18 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         },
         "would have been refused, but is only observed",
     ),
+    "banned": RecordSpec(
+        "A client or network failed too often; it is refused at connect for a while.",
+        {
+            **_SESSION,
+            "stage": "Id of the stage.",
+            "network": "The address or network that is banned.",
+            "step": "How many bans it had, this one too, without a long pause between them.",
+            "seconds": "How long it is banned.",
+            "reason": "The last of its failures.",
+        },
+        "{network} is banned",
+    ),
     "discard": RecordSpec(
         "A message was accepted and not delivered, as a stage decided.",
         {**_SESSION, "stage": "Id of the stage.", "sender": "Address in MAIL.", "detail": "The stage's reason."},
@@ -194,7 +219,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         "filter asked for what it had not announced: {action}",
     ),
     "not_counted": RecordSpec(
-        "A limit could not count something that had happened already: the store did not answer.",
+        "A limit could not count something that had happened already: the store did not answer. Once until it does.",
         {**_STAGE, "count": "What it counts.", "error": "The error."},
         "something that happened was not counted",
     ),
@@ -219,10 +244,101 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         {"file": "Path.", "error": "The error."},
         "profiles of upstreams could not be kept",
     ),
+    "store_down": RecordSpec(
+        "Calls of the shared store began to fail; the `on_error` of each stage decides until they work again.",
+        {"store": "lmdb or redis.", "operation": "The call that failed.", "error": "The error."},
+        "the {store} store does not answer",
+    ),
+    "store_up": RecordSpec(
+        "The shared store works again.",
+        {"store": "lmdb or redis.", "seconds": "How long it did not.", "failures": "Calls that failed meanwhile."},
+        "the {store} store works again",
+    ),
+    "store_unreachable": RecordSpec(
+        "A worker starts without reaching the shared store, and goes on trying.",
+        {"store": "redis.", "error": "The error."},
+        "the {store} store cannot be reached yet",
+    ),
+    "store_restored": RecordSpec(
+        "The lmdb store began anew: the host was started again, or its database was damaged.",
+        {
+            "store": "Its folder.",
+            "reason": "Why: another boot, or what is wrong with the database.",
+            "contents": "What it has now: copy (not older than a second), or empty.",
+            "error": "Why it is empty although there was a copy.",
+        },
+        "the lmdb store began anew",
+    ),
+    "store_not_copied": RecordSpec(
+        "The lmdb store could not be copied to disk; a crash of the host would lose more than its last second.",
+        {"store": "Its folder.", "error": "The error."},
+        "the lmdb store could not be copied to disk",
+    ),
+    "worker_died": RecordSpec(
+        "A worker (or the process of the admin API) ended although nobody told it to; it is replaced.",
+        {
+            "role": "worker or admin.",
+            "worker": "Its number.",
+            "pid": "Its process id.",
+            "how": "Signal or exit status, or why it was ended.",
+            "seconds": "How long it had run.",
+            "restart_in": "Seconds until the next one starts.",
+        },
+        "{role} {worker} died",
+    ),
+    "reload": RecordSpec(
+        "A new generation serves; the one before it ends its sessions.",
+        {"generation": "Its number.", "workers": "How many workers it has."},
+        "reloaded",
+    ),
+    "reload_failed": RecordSpec(
+        "A reload failed; the generation that served goes on.",
+        {"generation": "The generation that goes on.", "error": "What is wrong."},
+        "reload failed",
+    ),
+    "generation_died": RecordSpec(
+        "The parent of the workers ended although nobody told it to; a new generation takes over.",
+        {"generation": "Its number.", "status": "Its exit status; minus the signal's number."},
+        "generation {generation} died",
+    ),
+    "generation_ended": RecordSpec(
+        "The last session of an old generation is over.",
+        {"generation": "Its number."},
+        "generation {generation} ended",
+    ),
+    "certificate_renewed": RecordSpec(
+        "A certificate that changed on disk is shown to new connections from now on.",
+        {**_CERTIFICATE},
+        "certificate {certificate} was renewed",
+    ),
+    "certificate_not_renewed": RecordSpec(
+        "Files of a certificate, or of authorities, changed on disk and cannot be used.",
+        {"error": "What is wrong, by file.", "action": "What follows from it."},
+        "certificates were not renewed",
+    ),
+    "authorities_renewed": RecordSpec(
+        "Authorities or revocation lists changed on disk; client certificates are verified with them from now on.",
+        {"certificate": "Path of the chain of the listener's first certificate."},
+        "authorities for client certificates were renewed",
+    ),
+    "certificate_expires": RecordSpec(
+        "A certificate expires in 21 days or less, or has expired: once a day, and when 7, 3 and 1 days are left.",
+        {**_CERTIFICATE, "days": "Whole days that are left; below 0 it has expired."},
+        "certificate {certificate} expires",
+    ),
     "internal_error": RecordSpec(
         "A fault of the gateway itself; the session was closed.",
         {"session": "Id of the session.", "pipeline": "Name of the pipeline.", "error": "The error."},
         "internal error",
+    ),
+    "admin": RecordSpec(
+        "Somebody steers the gateway through the admin API; written before it is done.",
+        {
+            "action": "What is to be done.",
+            "args": "Its arguments.",
+            "by": "Address of the client, or the user id of a process at the unix socket.",
+        },
+        "{action} by {by}",
     ),
     "transcript": RecordSpec(
         "A line of the dialogue with a client of debug_clients; secrets and content are left out.",

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import Final, Literal
 
+from gateway.observe import metrics
 from gateway.observe.lines import Format, Render, as_json, as_text, rfc3339
 
 Level = Literal["debug", "info", "notice", "warning", "error", "critical"]
@@ -43,6 +44,11 @@ class Sink(ABC):
     @abstractmethod
     def close(self) -> None:
         """Say what was lost if that works by now, and give everything back."""
+
+    def lose(self, lines: int) -> None:
+        """So many could not be written."""
+        self.lost += lines
+        metrics.counter("gateway_log_lines_lost_total").add(lines)
 
     def notice(self) -> bytes:
         """The line that says what was lost."""
@@ -88,7 +94,7 @@ class Stream(Sink):
             while written < len(data):
                 written += os.write(self._descriptor, data[written:] if written else data)
         except OSError as error:
-            self.lost += 1
+            self.lose(1)
             self.error = error.strerror or str(error)
             self._torn = self._torn or written > 0
         else:

@@ -91,7 +91,7 @@ class Syslog(Sink):
     def write(self, line: bytes, level: int, now: float) -> None:
         """One datagram, or one more that is lost."""
         if self._next > now > self._next - PAUSE:  # a clock that was set back does not make the pause longer
-            self.lost += 1
+            self.lose(1)
             return
         try:
             self._send(line, level, now)
@@ -101,7 +101,7 @@ class Syslog(Sink):
             if error.errno not in (errno.EAGAIN, errno.ENOBUFS):  # too fast for the daemon, which is there
                 self._next = now + PAUSE
             # Over UDP this tells of the message before, and this one was not sent.
-            self.lost += 2 if error.errno == errno.ECONNREFUSED and not self._address else 1
+            self.lose(2 if error.errno == errno.ECONNREFUSED and not self._address else 1)
         else:
             if self.lost and (self._good or self._address):
                 self._tell(now)

@@ -19,6 +19,7 @@ import structlog
 
 from gateway import hookspecs
 from gateway.facts import EvaluationError, Expression, Phase, Scope
+from gateway.pipeline.meter import Meter
 from gateway.protocol.smtp import format_mail, format_rcpt
 from gateway.replies import smtp_reply
 from gateway.session import Recipient, Session, Transaction
@@ -84,6 +85,7 @@ class Step:
     catch_up: tuple[Step, ...] = ()
     may_discard: bool = False  # `discard: accept`
     stage_edits: Callable[[Transaction], Edits] | None = None
+    meter: Meter | None = None  # None: not counted
 
 
 @dataclass(slots=True)
@@ -159,6 +161,16 @@ class Chain:
         routes = steps.get(Phase.ROUTE, ())
         self.route_early = tuple(step for step in routes if route_phase(step.stage) < Phase.RCPT)
         self.route_rcpt = tuple(step for step in routes if route_phase(step.stage) >= Phase.RCPT)
+        self._steps = tuple(step for phase in steps.values() for step in phase)
+
+    def measure(self, pipeline: str) -> None:
+        """Count what its stages answer from now on, and let sessions remember it (`Session.trail`).
+
+        Called in the worker, after `metrics.bind`.
+        """
+        for step in self._steps:
+            for one in (*step.catch_up, step):
+                one.meter = Meter(pipeline, one.stage.id, one.phase.name.lower())
 
     async def ask(
         self,
@@ -194,15 +206,19 @@ class Chain:
                             verdict = await verdict
                     _check_answer(step, verdict, transaction)
             except Exception as error:
-                if self.failed(step, error, result, session):
+                if self.failed(step, error, result, session, _since(begun, subject)):
                     return result
                 continue
             finally:
                 times = session.times
                 if times is None:
                     times = session.times = {}
-                waited = subject.waited if isinstance(subject, Timed) else 0.0
-                times[step.stage.id] = times.get(step.stage.id, 0.0) + perf_counter() - begun - waited
+                took = perf_counter() - begun
+                if isinstance(subject, Timed):
+                    took -= subject.waited
+                times[step.stage.id] = times.get(step.stage.id, 0.0) + took
+            if step.meter is not None:
+                step.meter.answered(session, type(verdict), step.enforce >= 100 or _enforced(step, session), took)
             if verdict is not None and self._apply(step, verdict, result, session, transaction, recipient):
                 return result
         return result
@@ -229,6 +245,8 @@ class Chain:
                 if isinstance(verdict, Rewrite):
                     raise TypeError(f"{missed.phase.name.lower()} was answered already; it is too late to rewrite it")
                 recipient = subject if isinstance(subject, Recipient) else None
+                if missed.meter is not None:
+                    missed.meter.added(session, type(verdict), _enforced(missed, session))
                 if verdict is not None and self._apply(missed, verdict, result, session, about, recipient):
                     return True
                 if recipient is not None:
@@ -268,9 +286,16 @@ class Chain:
         self.failed(step, error, result, session)
         return result
 
-    def failed(self, step: Step, error: Exception, result: Result, session: Session) -> bool:
-        """`on_error`; True ends the phase."""
+    def failed(
+        self, step: Step, error: Exception, result: Result, session: Session, seconds: float | None = None
+    ) -> bool:
+        """`on_error`; True ends the phase. `seconds`: how long the stage took, None if that was counted already."""
         refuse = unanswered(step, error)
+        if step.meter is not None:
+            if seconds is None:
+                step.meter.added(session, Exception, _enforced(step, session))
+            else:
+                step.meter.answered(session, Exception, _enforced(step, session), seconds)
         log.warning(
             "stage_failure",
             session=session.id,
@@ -474,8 +499,8 @@ def _skippable(session: Session, chain: Chain) -> bool:
 
 def _enforced(step: Step, session: Session) -> bool:
     """`mode: N%`: a stable hash of the client's network, so that a client always meets the same rule."""
-    if step.enforce <= 0:
-        return False
+    if step.enforce <= 0 or step.enforce >= 100:
+        return step.enforce > 0
     return zlib.crc32(network_key(session.client.address, 24, 48).encode()) % 100 < step.enforce
 
 
@@ -484,6 +509,11 @@ def _holds(when: Expression, session: Session, transaction: Transaction | None, 
     if when.scope is Scope.RECIPIENT and recipient is None and transaction is not None:
         return any(when.evaluate(session, transaction, one) for one in transaction.recipients)
     return bool(when.evaluate(session, transaction, recipient))
+
+
+def _since(begun: float, subject: Subject) -> float:
+    """Seconds that the stage took, without what it waited for the client."""
+    return perf_counter() - begun - (subject.waited if isinstance(subject, Timed) else 0.0)
 
 
 def _asked(step: Step, session: Session, transaction: Transaction | None) -> Session | Transaction:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from gateway import hookspecs
 from gateway.config.documents import Document
-from gateway.config.load import validate_settings
+from gateway.config.load import Loaded, validate_settings
 from gateway.config.models import Pipeline, StageEntry, Table
 from gateway.config.problems import ConfigError, Loc, Problem, did_you_mean, written_loc
 from gateway.config.tls_settings import Tls
@@ -44,6 +44,21 @@ from gateway.verdicts import Cause
 
 CAUGHT_UP = (Phase.CONNECT, Phase.SECURE, Phase.GREETING, Phase.HELO, Phase.MAIL, Phase.RCPT)
 LOGIN_GRACE = 45.0  # seconds after the end of data, on listeners with a required login
+
+
+def compile_all(loaded: Loaded) -> list[Plan]:
+    """Every pipeline of the files. Raises ConfigError with all that is wrong with any of them."""
+    types = registry.Registry()
+    compiled: list[Plan] = []
+    problems: list[Problem] = []
+    for pipeline, document in loaded.pipelines:
+        try:
+            compiled.append(compile_pipeline(pipeline, document, types))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return compiled
 
 
 def compile_pipeline(pipeline: Pipeline, document: Document, known: registry.Registry) -> Plan:

@@ -405,7 +405,7 @@ class _Flow:
             self.ended()
             return
         self.moved += size
-        self.source.bytes_in += size
+        self.source.count_received(size)
         self._splice.note(self.side, -1)
         self._held = size
         if not self._push():
@@ -435,7 +435,7 @@ class _Flow:
                 self._splice.ended(RESET[self.opposite.side])
                 return True
             self._held -= size
-            self.target.bytes_out += size
+            self.target.count_sent(size)
         return True
 
     def look(self) -> None:

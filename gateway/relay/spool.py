@@ -25,6 +25,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gateway.observe import metrics
+
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -51,13 +53,25 @@ class SpoolSpace:
     message that stay in memory for waiting readers. `total`: octets that all files together may hold.
     """
 
-    __slots__ = ("directory", "memory", "total", "used")
+    __slots__ = ("_gauge", "directory", "memory", "total", "used")
 
     def __init__(self, directory: Path | None = None, *, memory: int = 256 * 1024, total: int = 4 << 30) -> None:
         self.directory = directory
         self.memory = memory
         self.total = total
         self.used = 0
+        self._gauge: metrics.Count | None = None
+
+    def measure(self, pipeline: str) -> None:
+        """Show in the metrics what is used and what may be."""
+        metrics.gauge("gateway_spool_limit_bytes", pipeline=pipeline).set(self.total)
+        self._gauge = metrics.gauge("gateway_spool_bytes", pipeline=pipeline)
+
+    def charge(self, octets: int) -> None:
+        """So many octets more are in files, or fewer."""
+        self.used += octets
+        if self._gauge is not None:
+            self._gauge.set(self.used)
 
     def open(self) -> io.FileIO:
         """A new file without a name, mode 0600: O_TMPFILE, or mkstemp and unlink. Raises OSError."""
@@ -157,7 +171,7 @@ class Spool:
             return
         self._closed = True
         self._forget()
-        self._space.used -= self._charged
+        self._space.charge(-self._charged)
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -238,7 +252,7 @@ class Spool:
             raise SpoolFull(f"{where}: {error.strerror or error}") from error
         self._file_end = end
         self._charged += end - start
-        space.used += end - start
+        space.charge(end - start)
 
     def _settle(self) -> None:
         """Readers came, moved, started or left: drop what nobody needs any more, let the writer go on."""

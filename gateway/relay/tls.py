@@ -7,13 +7,14 @@ gathers their names.
 """
 
 from gateway.relay.tls_client import ClientSession, client_context
-from gateway.relay.tls_files import Certificate
+from gateway.relay.tls_files import Certificate, CertificateFacts
 from gateway.relay.tls_server import ServerContext, ServerSession
 from gateway.relay.tls_session import TlsConfigError, TlsError, TlsInfo, TlsSession
 from gateway.relay.tls_settings import ServerSettings
 
 __all__ = [
     "Certificate",
+    "CertificateFacts",
     "ClientSession",
     "ServerContext",
     "ServerSession",

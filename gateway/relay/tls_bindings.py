@@ -1,9 +1,14 @@
-"""Calls of OpenSSL that pyOpenSSL has no methods for, through the bindings that it is made of."""
+"""Calls of OpenSSL that pyOpenSSL has no methods for, through the bindings that it is made of.
+
+Its methods refuse to change a context that has had connections; OpenSSL itself lets certificates, authorities and the
+like be replaced at any time: connections that exist have copies, or references, of what they began with.
+"""
 
 from __future__ import annotations
 
 from cryptography.hazmat.bindings.openssl.binding import Binding
-from OpenSSL import SSL
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from OpenSSL import SSL, crypto
 
 from gateway.relay.tls_session import TlsConfigError
 
@@ -31,6 +36,53 @@ def set_curves(context: SSL.Context, curves: str) -> None:
 def set_cache_mode(context: SSL.Context, mode: int) -> None:
     """Context.set_session_cache_mode is for contexts that have no connections yet; OpenSSL takes it at any time."""
     _lib.SSL_CTX_set_session_cache_mode(context._context, mode)
+
+
+def use_pair(context: SSL.Context, chain: str, key: PrivateKeyTypes) -> None:
+    """Certificates of this file and their key, in place of any with a key of this type. Raises SSL.Error.
+
+    `chain` is a path of PEM certificates; the key is known to fit the first.
+    """
+    _done(_lib.SSL_CTX_use_certificate_chain_file(context._context, chain.encode()))
+    wrapped = crypto.PKey.from_cryptography_key(key)  # type: ignore[arg-type]  # one that OpenSSL can sign with
+    _done(_lib.SSL_CTX_use_PrivateKey(context._context, wrapped._pkey))
+
+
+def set_authorities(context: SSL.Context, store: crypto.X509Store) -> None:
+    """Verify clients with this store, in place of the one before."""
+    _done(_lib.X509_STORE_up_ref(store._store))
+    _lib.SSL_CTX_set_cert_store(context._context, store._store)
+
+
+def announce_authorities(context: SSL.Context, path: str) -> None:
+    """Tell clients the names of the certificates in this PEM file. Raises SSL.Error."""
+    names = _lib.SSL_load_client_CA_file(path.encode())
+    _done(names != _ffi.NULL)
+    _lib.SSL_CTX_set_client_CA_list(context._context, names)
+
+
+def set_session_context(context: SSL.Context, name: bytes) -> None:
+    """Sessions are resumed only in contexts of the same name, 32 octets at most."""
+    _done(_lib.SSL_CTX_set_session_id_context(context._context, name, len(name)))
+
+
+def address(context: SSL.Context) -> int:
+    """Where OpenSSL's SSL_CTX is in memory."""
+    return int(_ffi.cast("uintptr_t", context._context))
+
+
+def _done(good: int) -> None:
+    """Raises SSL.Error with what OpenSSL has to say unless `good`."""
+    if not good:
+        errors = []
+        while (code := _lib.ERR_get_error()) != 0:
+            texts = (_lib.ERR_lib_error_string, _lib.ERR_func_error_string, _lib.ERR_reason_error_string)
+            errors.append(tuple(_text(of(code)) for of in texts))
+        raise SSL.Error(errors)
+
+
+def _text(chars: object) -> str:
+    return "" if chars == _ffi.NULL else str(_ffi.string(chars).decode())
 
 
 def resumed(connection: SSL.Connection) -> bool:

@@ -8,34 +8,22 @@ certificate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding
-from OpenSSL import SSL, crypto
+from OpenSSL import SSL
 
-from gateway.relay import tls_bindings, tls_files
+from gateway.relay import tls_bindings, tls_context, tls_files, tls_tickets
 from gateway.relay.tls_cache import KeptSessions
-from gateway.relay.tls_files import Certificate, Pair
+from gateway.relay.tls_context import reason
+from gateway.relay.tls_files import Certificate, CertificateFacts, Pair
 from gateway.relay.tls_session import RECORD, TlsConfigError, TlsError, TlsInfo, TlsSession, pieces
-from gateway.relay.tls_settings import (
-    NO_COMPRESSION,
-    NO_RENEGOTIATION,
-    NO_TICKET,
-    SERVER_PREFERENCE,
-    ServerSettings,
-    Verify,
-    option_flags,
-)
+from gateway.relay.tls_settings import ServerSettings, Verify
 
 Refusal = Literal["", "failed", "missing"]
-
-VERSIONS = {
-    "TLSv1": SSL.TLS1_VERSION,
-    "TLSv1.1": SSL.TLS1_1_VERSION,
-    "TLSv1.2": SSL.TLS1_2_VERSION,
-    "TLSv1.3": SSL.TLS1_3_VERSION,
-}
 
 
 class ServerSession(TlsSession):
@@ -69,7 +57,7 @@ class ServerSession(TlsSession):
                 self.closed = True
                 break
             except SSL.Error as error:
-                raise TlsError(_reason(error)) from None
+                raise TlsError(reason(error)) from None
         data = clear[0] if len(clear) == 1 else b"".join(clear)
         self.overhead += len(cipher) - len(data)
         return data
@@ -84,7 +72,7 @@ class ServerSession(TlsSession):
                     sent += connection.send(piece[sent:])
                 sealed.append(connection.bio_read(sent + 4096))
         except SSL.Error as error:
-            raise TlsError(_reason(error)) from None
+            raise TlsError(reason(error)) from None
         return sealed[0] if len(sealed) == 1 else b"".join(sealed)
 
     def outgoing(self) -> bytes:
@@ -138,9 +126,10 @@ class ServerContext:
     whose subject alternative names cover it, else the first of all. Certificates for the same names with keys of
     different types (RSA and ECDSA) stand beside each other and OpenSSL picks one. If `alpn` is given, a client that
     offers protocols of which none is ours is refused (RFC 7301 section 3.2). All certificates of a context share its
-    session cache and its ticket keys; two contexts share nothing, so no session passes from one policy to another.
+    session cache and its ticket keys. Two contexts share nothing but tickets, where `set_ticket_keys` was given the
+    same, and even then no session passes from one policy to another.
 
-    Raises TlsConfigError.
+    Certificates can be renewed while sessions go on (`renew`). Raises TlsConfigError.
     """
 
     def __init__(
@@ -158,26 +147,24 @@ class ServerContext:
                 f"client certificates are {settings.verify}, but no client_ca or trusted_ca file says whose to accept"
             )
         self.verify: Verify = settings.verify
+        self.policy = b""
+        """32 octets, different where sessions must not be shared; changes when other client certificates are good."""
         self._settings = settings
         self._alpn = [name.encode("ascii") for name in alpn]
-        passphrases = tls_files.read_passphrases(settings.password_file) if settings.password_file else ()
+        self._certificates = tuple(certificates)
+        self._tickets = b""  # what ticket keys are derived from, if anything
+        passphrases = self._passphrases()
+        self._contexts: list[SSL.Context] = []
         self._exact: dict[str, SSL.Context] = {}
         self._wildcard: dict[str, SSL.Context] = {}
-        groups: dict[frozenset[str], list[tuple[type, SSL.Context]]] = {}
-        contexts = [self._join(one, tls_files.check_pair(one, passphrases), groups) for one in certificates]
-        self._first = contexts[0]
-        self._first.set_tlsext_servername_callback(self._choose)
         self._kept: KeptSessions | None = None
-        if settings.session_cache == "cache":
-            # OpenSSL looks sessions up, and keeps them, where the connection began: in the first context.
-            timeout, tickets = settings.session_timeout, settings.session_tickets
-            self._kept = KeptSessions(self._first, settings.sessions, timeout, tickets)
+        self._begin([tls_files.check_pair(one, passphrases) for one in certificates])
 
     def session(self) -> ServerSession:
         """A fresh session that waits for the client's hello."""
         if self._kept is not None:
             self._kept.renew()
-        return ServerSession(self._first, self.verify != "off", self._kept)
+        return ServerSession(self._contexts[0], self.verify != "off", self._kept)
 
     def refusal(self, info: TlsInfo) -> Refusal:
         """What speaks against the client after its handshake: nothing, its certificate "failed", or is "missing".
@@ -191,46 +178,143 @@ class ServerContext:
             return "missing" if self.verify == "required" else ""
         return "" if self.verify == "optional_no_ca" and info.unknown_issuer else "failed"
 
-    def _join(
-        self, certificate: Certificate, pair: Pair, groups: dict[frozenset[str], list[tuple[type, SSL.Context]]]
-    ) -> SSL.Context:
-        """Load one certificate into the context of its names, made if there is none."""
-        group, kind = groups.setdefault(pair.names, []), type(pair.key)
-        beside = bool(group) and all(kind is not other for other, _ in group)
-        context = group[0][1] if beside else self._context()
-        group.append((kind, context))
-        try:
-            context.use_certificate_chain_file(certificate.chain)
-            context.use_privatekey(pair.key)  # type: ignore[arg-type]  # it fits the certificate
-        except SSL.Error as error:
-            raise TlsConfigError(f"{certificate.chain}: OpenSSL refuses it: {_reason(error)}") from None
-        for name in pair.names:
-            if name.startswith("*."):
-                self._wildcard.setdefault(name[2:], context)
-            else:
-                self._exact.setdefault(name, context)
-        return context
+    def certificates(self) -> list[CertificateFacts]:
+        """What is loaded, in the order given."""
+        return [pair.facts for pair in self._pairs]
 
-    def _context(self) -> SSL.Context:
+    def set_ticket_keys(self, secret: bytes, name: str) -> bool:
+        """Give out tickets that every context takes with the same secret, name, policy and certificates' paths.
+
+        Without it keys are random: known to this context and, after a fork, to its copies. `secret` has 32 random
+        octets or more; `name` tells apart what shares it, such as pipelines. A new secret makes all tickets given out
+        before worthless, and their clients do a full handshake; who keeps one for long gives up forward secrecy in
+        TLS 1.2 (RFC 5077 section 5.5). Sessions without tickets stay in the process that keeps them. False where
+        OpenSSL's keys cannot be set, see `tls_tickets`.
+        """
+        if len(secret) < 32:
+            raise ValueError("a secret for ticket keys has 32 octets or more")
+        self._tickets = HKDF(SHA256(), 32, None, b"tickets " + name.encode()).derive(secret)
+        return self._share_tickets()
+
+    def renew(self, files: Mapping[str, bytes]) -> bool:
+        """Take over files that changed, for new connections: chains, keys, passphrases, authorities, revocation lists.
+
+        `files` (contents by path) are preloaded, see `tls_files.preload`. Where a certificate's pair of files, or the
+        authorities, differ from what is loaded, they are checked and then loaded into the same OpenSSL contexts, so
+        tickets and kept sessions stay good, and established connections notice nothing. Sessions from before other
+        authorities or revocation lists are not resumed. Only where certificates stop or begin to stand beside each
+        other, or the type of a key changed, OpenSSL's contexts are new: then kept sessions are gone, and tickets
+        without `set_ticket_keys` too.
+
+        True if anything was loaded. Raises TlsConfigError, whose text names the files, for what cannot be used; that
+        stays as it was, and is tried again once its files are among `files` again. What else is new is loaded.
+        """
+        tls_files.preload(files)
+        errors: list[str] = []
+        pairs = self._renewed_pairs(files, errors)
+        changed = [index for index, pair in enumerate(pairs) if pair is not self._pairs[index]]
+        try:
+            if tls_context.shape(pairs) != tls_context.shape(self._pairs):
+                self._begin(pairs)
+            else:
+                for index in changed:
+                    tls_context.load_pair(self._contexts[index], pairs[index])
+                self._know(pairs)
+        except TlsConfigError as error:  # another file that new contexts need is gone or broken
+            changed = []
+            errors.append(str(error))
+        renewed = bool(changed) | self._renew_authorities(files, errors)
+        if errors:
+            raise TlsConfigError("; ".join(errors))
+        return renewed
+
+    def _renewed_pairs(self, files: Mapping[str, bytes], errors: list[str]) -> list[Pair]:
+        """The pairs, new where their files are and fit; `errors` gets the texts of those that do not."""
+        pairs = list(self._pairs)
+        for index, one in enumerate(self._certificates):
+            if files.keys().isdisjoint((one.chain, one.key, self._settings.password_file)):
+                continue
+            try:
+                if tls_files.mark(one) != pairs[index].mark:
+                    pair = tls_files.check_pair(one, self._passphrases())
+                    tls_context.load_pair(tls_context.make_context(self._settings), pair)  # what OpenSSL thinks of it
+                    pairs[index] = pair
+            except TlsConfigError as error:
+                errors.append(str(error))
+        return pairs
+
+    def _renew_authorities(self, files: Mapping[str, bytes], errors: list[str]) -> bool:
         settings = self._settings
-        context = SSL.Context(SSL.TLS_SERVER_METHOD)
-        context.set_min_proto_version(VERSIONS[settings.minimum])
-        if settings.maximum is not None:
-            context.set_max_proto_version(VERSIONS[settings.maximum])
-        context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # saves an idle connection 32 KiB
-        context.set_options(_flags(settings))
-        _resume(context, settings)
-        _set_ciphers(context, settings)
-        if settings.curves is not None:
-            tls_bindings.set_curves(context, settings.curves)
-        if settings.dhparam is not None:
-            tls_files.check_dh_parameters(settings.dhparam)
-            _loaded(settings.dhparam, context.load_tmp_dh)
-        if settings.verify != "off":
-            _ask_for_certificate(context, settings)
-        if self._alpn:
-            context.set_alpn_select_callback(self._select)
-        return context
+        if files.keys().isdisjoint((settings.client_ca, settings.trusted_ca, settings.crl)):
+            return False
+        try:
+            if self._policy() == self.policy:
+                return False
+            self._trust(self._contexts)
+        except TlsConfigError as error:
+            errors.append(str(error))
+            return False
+        self._separate()
+        return True
+
+    def _begin(self, pairs: list[Pair]) -> None:
+        """New OpenSSL contexts for these certificates."""
+        contexts: list[SSL.Context] = []
+        for index, (owner, _) in enumerate(tls_context.shape(pairs)):
+            contexts.append(contexts[owner] if owner < index else tls_context.make_context(self._settings))
+            tls_context.load_pair(contexts[index], pairs[index])
+        self._trust(contexts)
+        for context in set(contexts):
+            if self._alpn:
+                context.set_alpn_select_callback(self._select)
+        contexts[0].set_tlsext_servername_callback(self._choose)
+        self._contexts = contexts
+        self._know(pairs)
+        self._separate()
+        if self._settings.session_cache == "cache":
+            # OpenSSL looks sessions up, and keeps them, where the connection began: in the first context.
+            timeout, tickets = self._settings.session_timeout, self._settings.session_tickets
+            self._kept = KeptSessions(contexts[0], self._settings.sessions, timeout, tickets)
+
+    def _know(self, pairs: list[Pair]) -> None:
+        """Choose by the names of these certificates from now on."""
+        exact: dict[str, SSL.Context] = {}
+        wildcard: dict[str, SSL.Context] = {}
+        for pair, context in zip(pairs, self._contexts, strict=True):
+            for name in pair.names:
+                if name.startswith("*."):
+                    wildcard.setdefault(name[2:], context)
+                else:
+                    exact.setdefault(name, context)
+        self._pairs, self._exact, self._wildcard = pairs, exact, wildcard
+
+    def _trust(self, contexts: Sequence[SSL.Context]) -> None:
+        """Verify clients with what the files hold now."""
+        if self._settings.verify == "off":
+            return
+        store = tls_context.authorities(self._settings)
+        for context in set(contexts):
+            tls_context.load_authorities(context, self._settings, store)
+
+    def _separate(self) -> None:
+        """Let sessions be resumed under this policy only."""
+        self.policy = self._policy()
+        for context in set(self._contexts):
+            tls_bindings.set_session_context(context, self.policy)
+        self._share_tickets()
+
+    def _share_tickets(self) -> bool:
+        if not self._tickets:
+            return False
+        keys = HKDF(SHA256(), tls_tickets.KEYS, None, self.policy).derive(self._tickets)
+        return tls_tickets.set_keys(self._contexts[0], keys)  # OpenSSL asks the context where the connection began
+
+    def _policy(self) -> bytes:
+        return tls_context.policy(self._settings, self._alpn, self._certificates)
+
+    def _passphrases(self) -> tuple[bytes, ...]:
+        path = self._settings.password_file
+        return tls_files.read_passphrases(path) if path else ()
 
     def _choose(self, connection: SSL.Connection) -> None:
         """OpenSSL's callback: the client's hello has been read."""
@@ -239,7 +323,7 @@ class ServerContext:
             return
         name = asked.decode("ascii", "replace").lower().rstrip(".")
         context = self._exact.get(name) or self._wildcard.get(name.partition(".")[2])
-        if context is not None and context is not self._first:
+        if context is not None and context is not self._contexts[0]:
             connection.set_context(context)
 
     def _select(self, connection: SSL.Connection, offered: list[bytes]) -> bytes:
@@ -249,71 +333,3 @@ class ServerContext:
                 return name
         raise TlsError("none of the offered application protocols is ours")
 
-
-# What a context is told
-
-
-def _flags(settings: ServerSettings) -> int:
-    flags = NO_RENEGOTIATION | NO_COMPRESSION
-    if settings.prefer_server_ciphers:
-        flags |= SERVER_PREFERENCE
-    if not settings.session_tickets:
-        flags |= NO_TICKET
-    flags = option_flags(settings.options, flags)
-    return flags | NO_TICKET if settings.session_cache == "off" else flags
-
-
-def _resume(context: SSL.Context, settings: ServerSettings) -> None:
-    modes = {
-        "off": SSL.SESS_CACHE_OFF,
-        "none": SSL.SESS_CACHE_SERVER | SSL.SESS_CACHE_NO_INTERNAL_STORE,
-        "cache": SSL.SESS_CACHE_SERVER,
-    }
-    context.set_session_cache_mode(modes[settings.session_cache])
-    context.set_timeout(settings.session_timeout)
-    context.set_session_id(b"gateway")  # OpenSSL resumes nothing where client certificates are asked for without one
-
-
-def _set_ciphers(context: SSL.Context, settings: ServerSettings) -> None:
-    names = settings.ciphers.split(":") if settings.ciphers else []
-    modern = settings.ciphersuites or ":".join(name for name in names if name.startswith("TLS_"))
-    classic = ":".join(name for name in names if not name.startswith("TLS_"))
-    for written, chosen, tell in (
-        (settings.ciphers, classic, context.set_cipher_list),
-        (settings.ciphersuites or settings.ciphers, modern, context.set_tls13_ciphersuites),
-    ):
-        try:
-            if chosen:
-                tell(chosen.encode())
-        except SSL.Error:
-            raise TlsConfigError(f"ciphers {written!r}: OpenSSL knows none of them, or not this form") from None
-
-
-def _ask_for_certificate(context: SSL.Context, settings: ServerSettings) -> None:
-    context.set_verify_depth(settings.verify_depth)
-    for path in (settings.client_ca, settings.trusted_ca):
-        if path is not None:
-            tls_files.read_chain(path)
-            _loaded(path, context.load_verify_locations)
-    if settings.client_ca is not None:
-        _loaded(settings.client_ca, lambda path: context.load_client_ca(path.encode()))
-    if settings.crl is not None:
-        store = context.get_cert_store()
-        assert store is not None
-        for crl in tls_files.read_crls(settings.crl):
-            store.add_crl(crl)
-        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
-    tls_bindings.set_verify(context)
-
-
-def _loaded(path: str, load: Callable[[str], object]) -> None:
-    try:
-        load(path)
-    except SSL.Error as error:
-        raise TlsConfigError(f"{path}: OpenSSL refuses it: {_reason(error)}") from None
-
-
-def _reason(error: SSL.Error) -> str:
-    """OpenSSL's reason from pyOpenSSL's [(library, function, reason), ...]."""
-    first = error.args[0] if error.args else None
-    return str(first[0][2]) if isinstance(first, list) and first else "broken record"

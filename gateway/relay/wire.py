@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from ssl import SSLContext
 from typing import Protocol, cast
 
+from gateway.observe import metrics
 from gateway.relay.tls import ClientSession, ServerContext, TlsError, TlsInfo, TlsSession
 
 __all__ = ["Address", "EndOfStream", "LineTooLong", "Relay", "Wire", "WireTimeout", "connect"]
@@ -97,6 +98,8 @@ class Wire(asyncio.Protocol):
         "_on_connect",
         "_paused",
         "_peername",
+        "_received",
+        "_sent",
         "_session",
         "_skipped",
         "_skipping",
@@ -155,6 +158,8 @@ class Wire(asyncio.Protocol):
         self.tls: TlsInfo | None = None
         self.bytes_in = 0
         self.bytes_out = 0
+        self._received: metrics.Count | None = None
+        self._sent: metrics.Count | None = None
         self.bare_lf = False
         self.eof = False
         self.error: BaseException | None = None
@@ -169,6 +174,8 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.bytes_in += len(data)
+        if self._received is not None:
+            self._received.add(len(data))
         if self._session is not None:
             self._decrypt(data)
         elif self.relay is not None:
@@ -323,6 +330,26 @@ class Wire(asyncio.Protocol):
         if self._paused:
             self._resume()
 
+    # -- metrics
+
+    def count(self, received: metrics.Count, sent: metrics.Count) -> None:
+        """Count octets there too, those that passed already and those to come."""
+        received.add(self.bytes_in)
+        sent.add(self.bytes_out)
+        self._received, self._sent = received, sent
+
+    def count_received(self, octets: int) -> None:
+        """Octets came past the wire (the kernel moved them)."""
+        self.bytes_in += octets
+        if self._received is not None:
+            self._received.add(octets)
+
+    def count_sent(self, octets: int) -> None:
+        """Octets are sent, or were past the wire."""
+        self.bytes_out += octets
+        if self._sent is not None:
+            self._sent.add(octets)
+
     # -- deadline
 
     def set_deadline(self, seconds: float | None) -> None:
@@ -353,7 +380,7 @@ class Wire(asyncio.Protocol):
             return
         if self._session is not None:
             data = self._seal(data)
-        self.bytes_out += len(data)
+        self.count_sent(len(data))
         self.transport.write(data)
 
     def writelines(self, parts: Iterable[bytes]) -> None:
@@ -423,14 +450,14 @@ class Wire(asyncio.Protocol):
         After STARTTLS the caller must have made sure that `buffered` is 0, or what an attacker put behind the
         command would be trusted. Raises TlsError (the alert is sent), EndOfStream, WireTimeout.
         """
-        await self._handshake(context.session())
+        await self._shake_hands(context.session(), "client")
 
     async def start_tls_client(self, context: SSLContext, server_name: str | None) -> None:
         """Shake hands as client; `server_name` is sent as SNI and verified if the context verifies.
 
         The same errors, and the same rule about bytes that came before.
         """
-        await self._handshake(ClientSession(context, server_name))
+        await self._shake_hands(ClientSession(context, server_name), "upstream")
 
     # -- the end
 
@@ -601,8 +628,22 @@ class Wire(asyncio.Protocol):
     def _send(self, data: bytes) -> None:
         """Write past TLS."""
         if data and not self._lost:
-            self.bytes_out += len(data)
+            self.count_sent(len(data))
             self.transport.write(data)
+
+    async def _shake_hands(self, session: TlsSession, side: str) -> None:
+        """The handshake with a client or an upstream, counted."""
+        try:
+            await self._handshake(session)
+        finally:
+            info = self.tls
+            if info is None:
+                metrics.counter("gateway_tls_failures_total", side=side).add()
+            else:
+                resumed = "yes" if info.resumed else "no"
+                metrics.counter(
+                    "gateway_tls_handshakes_total", side=side, version=info.version, resumed=resumed
+                ).add()
 
     async def _handshake(self, session: TlsSession) -> None:
         self._session = session
@@ -661,8 +702,8 @@ class Wire(asyncio.Protocol):
         self._session = None
         self._wrote_eof = self.eof = True
         self._abort_after(2.0)
+        self._wake()  # before `on_gone` is called: whoever waits hears of this error
         self.transport.close()
-        self._wake()
 
 
 class _Discard:

@@ -13,11 +13,12 @@ import os
 import socket
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from gateway.config.listen import Keepalive
 from gateway.pipeline.plan import ListenerPlan
 
+SPEC = ("url", "host", "port", "path", "backlog", "ipv6only", "rcvbuf", "sndbuf", "multipath")
 Address = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]  # as getaddrinfo has it
 NO_MULTIPATH = (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)
 
@@ -26,10 +27,10 @@ class StartError(Exception):
     """The worker cannot start; the text says which listener, upstream or stage, and why."""
 
 
-def bound(listener: ListenerPlan) -> list[socket.socket]:
+def bound(listener: ListenerPlan, *, share_port: bool = False) -> list[socket.socket]:
     """A socket for each address of the listener, bound and not listening; a host name may have several.
 
-    Raises StartError.
+    `share_port`: others of this process listen on the port already, and ask for it now, too. Raises StartError.
     """
     sockets: list[socket.socket] = []
     try:
@@ -39,6 +40,8 @@ def bound(listener: ListenerPlan) -> list[socket.socket]:
             sock = _tcp_socket(listener, family)
             sockets.append(sock)
             _set_options(sock, listener)
+            if share_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind(address)
     except BaseException as error:
         for sock in sockets:
@@ -84,6 +87,7 @@ def _bound_unix(listener: ListenerPlan) -> socket.socket:
         sock.setblocking(False)
         _set_buffers(sock, listener)
         sock.bind(listener.path)
+        os.chmod(listener.path, 0o666)  # as nginx does: the folder decides who comes to it
     except BaseException:
         sock.close()
         raise
@@ -145,3 +149,19 @@ def _set_keepalive(sock: socket.socket, keepalive: Keepalive | None) -> None:
     ):
         if value is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, int(value))
+
+
+def spec(plan: ListenerPlan) -> dict[str, str | int | bool | float | list[float | int | None] | None]:
+    """What the process that binds has to know, as JSON can say it."""
+    alive = plan.keepalive
+    keepalive = None if alive is None else [alive.idle, alive.interval, alive.count]
+    return {name: getattr(plan, name) for name in SPEC} | {"keepalive": keepalive}
+
+
+def plan_of(written: Mapping[str, object]) -> ListenerPlan:
+    """The listener that `spec` wrote, as far as its socket goes."""
+    keepalive = None
+    if isinstance(alive := written["keepalive"], list):
+        keepalive = Keepalive(idle=alive[0], interval=alive[1], count=alive[2])
+    options = {name: written[name] for name in SPEC}
+    return ListenerPlan(name="", implicit_tls=False, proxy_protocol=False, keepalive=keepalive, **options)  # type: ignore[arg-type]

@@ -12,9 +12,11 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -32,8 +34,10 @@ from gateway.service.listening import StartError, bound, listen
 from gateway.session import Listener
 from gateway.sink.process import EmbeddedServer
 from gateway.stage import Stage
-from gateway.state.memory import MemoryStore
-from gateway.state.store import Store
+from gateway.state.keys import network_key
+from gateway.state.opening import open_store
+from gateway.state.settings import StoreSettings
+from gateway.state.store import Store, StoreError
 from gateway.upstream.pool import Pool, Pools, PoolSettings
 from gateway.upstream.probe import Health, learn
 from gateway.upstream.profile import ProfileStore
@@ -45,6 +49,9 @@ ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # no 0, O, 1, I: ids are read
 ID_LETTERS = ID_ALPHABET * 8  # a letter for each octet
 LEARN_TIMEOUT = 5.0
 GOODBYE_SECONDS = 1.0
+QUIET_SECONDS = 2.0  # at a stop: a client that says nothing for so long has nothing under way
+GOODBYES_A_SECOND = 50.0  # at a stop: as many clients a worker may come back at once
+SPREAD_SHARE = 0.6  # of the time for a stop: the rest is for those that were told last
 
 
 CONVERSATIONS: dict[str, type[SmtpConversation] | type[ImapConversation] | type[Pop3Conversation]] = {
@@ -77,6 +84,24 @@ class StageWorker:
             ipv6=plan.resolver.ipv6,
         )
         self.log = structlog.get_logger("gateway.stage").bind(pipeline=plan.name)
+        self.pools = Pools({})
+        self._trust = (plan.trust_clients, plan.trust_xclient, plan.trust_proxy)
+
+    def trusts(self, address: str) -> bool:
+        """Whether the address is in the pipeline's `trust`, or one of its upstream servers', as far as looked up."""
+        if any(address in networks for networks in self._trust):
+            return True
+        known = {found for pool in self.pools.every() for one in pool.servers for found in one.known_addresses()}
+        client = network_key(address, 32, 128)
+        return any(isinstance(found, tuple) and network_key(found[0], 32, 128) == client for found in known)
+
+
+class Drained(NamedTuple):
+    """How a stop went: open sessions at its begin, those that had to be cut off at its end, and seconds it took."""
+
+    sessions: int
+    cut: int
+    seconds: float
 
 
 class ServedPipeline:
@@ -85,6 +110,7 @@ class ServedPipeline:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.sockets: list[tuple[ListenerPlan, socket.socket]] = []
+        self.held = False  # the sockets are another process's, too
         self.servers: list[asyncio.Server] = []
         self.embedded: list[EmbeddedServer] = []
         self.conversations: set[Conversation] = set()
@@ -93,6 +119,7 @@ class ServedPipeline:
         self.started: list[Stage] = []
         self.stage_worker: StageWorker | None = None
         self.served: Served | None = None
+        self._hurried = asyncio.Event()
 
     # -- start ----------------------------------------------------------------------------------------------
 
@@ -101,12 +128,28 @@ class ServedPipeline:
         for listener in self.plan.listeners:
             self.sockets += [(listener, sock) for sock in bound(listener)]
 
-    async def prepare(self, store: Store, profiles: ProfileStore) -> None:
-        """Embedded upstreams, pools, stages. Raises StartError."""
+    def take(self, sockets: Sequence[Sequence[socket.socket]]) -> None:
+        """Use the sockets of each listener, in the plan's order, that another process holds."""
+        self.held = True
+        for listener, found in zip(self.plan.listeners, sockets, strict=True):
+            self.sockets += [(listener, sock) for sock in found]
+
+    async def prepare(
+        self, store: Store, profiles: ProfileStore, embedded: Mapping[str, str] | None = None
+    ) -> None:
+        """Embedded upstreams, pools, stages. Raises StartError.
+
+        `embedded`: where those are that run already, by their URLs; None: they are started here.
+        """
         plan = self.plan
         loop = asyncio.get_running_loop()
         try:
-            pools = {name: Pool(name, self._settings(name), clock=loop.time, store=profiles) for name in plan.pools}
+            pools = {
+                name: Pool(
+                    name, self._settings(name, embedded), clock=loop.time, store=profiles, pipeline=plan.name
+                )
+                for name in plan.pools
+            }
         except ValueError as error:
             raise StartError(f"{plan.name}: upstreams: {error}") from None
         self.stage_worker = StageWorker(plan, store, loop)
@@ -144,6 +187,8 @@ class ServedPipeline:
             pass_error_message=plan.pass_error_message,
             hand_off_at_login=plan.hand_off_at_login,
         )
+        self.stage_worker.pools = self.served.pools
+        plan.chain.measure(plan.name)
         for stage in plan.chain.stages:
             start = getattr(stage, "start", None)
             try:
@@ -161,12 +206,14 @@ class ServedPipeline:
                 )
             )
 
-    def _settings(self, name: str) -> PoolSettings:
+    def _settings(self, name: str, running: Mapping[str, str] | None) -> PoolSettings:
         """The pool's settings, with its embedded servers running and in place of their URLs."""
         settings = self.plan.pools[name]
         servers = []
         for url, weight in settings.servers:
-            if url.startswith("embedded://"):
+            if running is not None:
+                url = running.get(url, url)
+            elif url.startswith("embedded://"):
                 embedded = EmbeddedServer()
                 try:
                     url = embedded.start(Path(url.removeprefix("embedded://")))
@@ -176,13 +223,13 @@ class ServedPipeline:
             servers.append((url, weight))
         return replace(settings, servers=tuple(servers))
 
-    async def learn(self) -> None:
+    async def learn(self, probing: bool = True) -> None:
         """Ask the upstreams what they announce, before the first greeting; those that are down may be so."""
         logs.pipeline.set(self.plan.name)
         assert self.served is not None
         await asyncio.gather(*(learn(health, LEARN_TIMEOUT) for health in self.health if health.pool.settings.health))
         for health in self.health:
-            health.start()
+            health.start(probing)
 
     async def accept(self) -> None:
         """Open the doors."""
@@ -203,11 +250,14 @@ class ServedPipeline:
             def factory(listener: Listener = listener) -> Wire:
                 return Wire(loop, lambda wire: self._connected(wire, listener))
 
-            self.servers.append(
-                await loop.create_server(factory, sock=sock, backlog=plan.backlog)
-                if sock.family != socket.AF_UNIX
-                else await loop.create_unix_server(factory, sock=sock, backlog=plan.backlog)
-            )
+            if sock.family != socket.AF_UNIX:
+                server = await loop.create_server(factory, sock=sock, backlog=plan.backlog)
+            elif sys.version_info >= (3, 13) and isinstance(loop, asyncio.SelectorEventLoop):
+                # Others may listen there, too: the file stays.
+                server = await loop.create_unix_server(factory, sock=sock, backlog=plan.backlog, cleanup_socket=False)
+            else:
+                server = await loop.create_unix_server(factory, sock=sock, backlog=plan.backlog)
+            self.servers.append(server)
 
     def _connected(self, wire: Wire, listener: Listener) -> None:
         assert self.served is not None
@@ -228,17 +278,25 @@ class ServedPipeline:
 
     # -- stop -----------------------------------------------------------------------------------------------
 
-    async def stop(self, grace: float) -> None:
-        """Stop accepting, let sessions finish their transaction, close the rest after `grace` seconds."""
+    async def stop(self, grace: float) -> Drained:
+        """Stop accepting, let sessions finish their transaction, close the rest after `grace` seconds.
+
+        Quiet clients are told so one after the other, so that they do not all come back at once.
+        """
         logs.pipeline.set(self.plan.name)
         for server in self.servers:
             server.close()
         if self.served is not None:
             self.served.draining = True
-        for conversation in tuple(self.conversations):
-            conversation.drain()
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=grace)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        open_sessions = tuple(self.conversations)
+        quiet = min(QUIET_SECONDS, grace / 10)
+        spread = min(grace * SPREAD_SHARE, len(open_sessions) / GOODBYES_A_SECOND)
+        for index, conversation in enumerate(open_sessions):
+            loop.call_later(spread * index / len(open_sessions), conversation.drain, quiet)
+        await self._over_or_hurried(grace)
+        cut = len(self.tasks)
         parting = [conversation.part_now() for conversation in tuple(self.conversations)]  # the time is up
         if any(parting):
             await asyncio.wait(self.tasks, timeout=GOODBYE_SECONDS)
@@ -246,13 +304,27 @@ class ServedPipeline:
             task.cancel()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=5.0)
+        seconds = loop.time() - begun
         await self.release()
+        return Drained(len(open_sessions), cut, seconds)
+
+    def hurry(self) -> None:
+        """The time for the stop is up now."""
+        self._hurried.set()
+
+    async def _over_or_hurried(self, grace: float) -> None:
+        """Wait for the last session, at most `grace` seconds, or until somebody is impatient."""
+        hurried = asyncio.create_task(self._hurried.wait())
+        over = asyncio.create_task(_all(self.tasks))
+        await asyncio.wait([hurried, over], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        over.cancel()
 
     async def release(self) -> None:
         """Give back everything but sessions."""
         for listener, sock in self.sockets:
             sock.close()
-            if listener.path:
+            if listener.path and not self.held:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(listener.path)
         for health in self.health:
@@ -275,30 +347,65 @@ class ServedPipeline:
             embedded.stop()
 
 
-class Worker:
-    """All pipelines of the process."""
+async def _all(tasks: set[asyncio.Task[None]]) -> None:
+    """Until there is none any more."""
+    while tasks:
+        await asyncio.wait(tuple(tasks))
 
-    def __init__(self, plans: Sequence[Plan], profiles: Path | None = None) -> None:
+
+class Worker:
+    """All pipelines of the process.
+
+    `state` is the folder for what outlives it. `embedded` as in `ServedPipeline.prepare`. `probing`: this worker
+    watches the upstreams, for all.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        state: Path | None = None,
+        *,
+        store: StoreSettings = StoreSettings(),
+        embedded: Mapping[str, str] | None = None,
+        probing: bool = True,
+        number: int = 0,
+    ) -> None:
         self.pipelines = [ServedPipeline(plan) for plan in plans]
-        self.profiles = ProfileStore(profiles)
+        self.profiles = ProfileStore(state / "upstreams.json" if state is not None else None)
+        self.number = number
+        self.store: Store | None = None
+        self._store_settings = store
+        self._embedded = embedded
+        self._probing = probing
 
     async def open(self) -> None:
-        """Bind, prepare, learn, accept; on a failure everything is given back. Raises StartError."""
-        store = MemoryStore(asyncio.get_running_loop().time)
+        """Bind, prepare, accept; on a failure everything is given back. Raises StartError."""
         try:
             for pipeline in self.pipelines:
                 pipeline.bind()
             listen(pair for pipeline in self.pipelines for pair in pipeline.sockets)
-            for pipeline in self.pipelines:
-                await pipeline.prepare(store, self.profiles)
-            await asyncio.gather(*(pipeline.learn() for pipeline in self.pipelines))
-            for pipeline in self.pipelines:
-                await pipeline.accept()
+            await self.prepare()
+            await self.accept()
         except BaseException:
-            for pipeline in self.pipelines:
-                await pipeline.stop(0.0)
+            await self.close(0.0)
             raise
+
+    async def prepare(self) -> None:
+        """Everything that can fail before the first connection. Raises StartError."""
+        loop = asyncio.get_running_loop()
+        try:
+            self.store = await open_store(self._store_settings, clock=loop.time, owner=f"{os.getpid()}.{self.number}")
+        except StoreError as error:
+            raise StartError(f"process.store: {error}") from None
         for pipeline in self.pipelines:
+            await pipeline.prepare(self.store, self.profiles, self._embedded)
+        await asyncio.gather(*(pipeline.learn(self._probing) for pipeline in self.pipelines))
+
+    async def accept(self) -> None:
+        """Open the doors of every pipeline."""
+        for pipeline in self.pipelines:
+            await pipeline.accept()
+        for pipeline in self.pipelines if self.number == 0 else ():  # said once, not by every worker
             log.info(
                 "start",
                 pipeline=pipeline.plan.name,
@@ -307,7 +414,19 @@ class Worker:
                 stages=[stage.id for stage in pipeline.plan.chain.stages],
             )
 
+    def hurry(self) -> None:
+        """While it closes: do not wait any longer."""
+        for pipeline in self.pipelines:
+            pipeline.hurry()
+
     async def close(self, grace: float) -> None:
         """Stop every pipeline."""
-        await asyncio.gather(*(pipeline.stop(grace) for pipeline in self.pipelines))
-        log.info("stop")
+        drained = await asyncio.gather(*(pipeline.stop(grace) for pipeline in self.pipelines))
+        if self.store is not None:
+            await self.store.close()
+        log.info(
+            "stop",
+            sessions=sum(one.sessions for one in drained),
+            cut=sum(one.cut for one in drained),
+            seconds=round(max((one.seconds for one in drained), default=0.0), 3),
+        )

@@ -25,10 +25,18 @@ _PACKAGE_ROOT: Final = str(Path(__file__).resolve().parents[2])
 
 
 class EmbeddedServer:
-    """One embedded upstream; needs no event loop."""
+    """One embedded upstream; needs no event loop.
 
-    def __init__(self, hostname: str = "sink.localhost") -> None:
+    `account`: user id, group id and supplementary groups that it runs as where we are root; the Maildir, if it is new,
+    and the socket's folder are given to it.
+    """
+
+    def __init__(
+        self, hostname: str = "sink.localhost", *, account: tuple[int, int, tuple[int, ...]] | None = None
+    ) -> None:
         self._hostname = hostname
+        self._account = account if os.geteuid() == 0 else None
+        self.address = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline: socket.socket | None = None
         self._folder = ""
@@ -55,6 +63,9 @@ class EmbeddedServer:
         if len(self._folder) > _LONGEST_PATH:
             os.rmdir(self._folder)
             self._folder = tempfile.mkdtemp(prefix="gateway-sink-", dir="/tmp")
+        if self._account is not None:
+            os.chown(self._folder, *self._account[:2])
+            _give(Path(maildir), self._account)
         self._lifeline, theirs = socket.socketpair()
         command = [
             sys.executable, "-P", "-m", "gateway.sink", "--maildir", os.path.abspath(maildir),
@@ -69,8 +80,12 @@ class EmbeddedServer:
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                     env={**os.environ, "PYTHONPATH": path},
+                    user=self._account[0] if self._account is not None else None,
+                    group=self._account[1] if self._account is not None else None,
+                    extra_groups=self._account[2] if self._account is not None else None,
                 )
-            return self._address(self._lifeline, timeout)
+            self.address = self._announced(self._lifeline, timeout)
+            return self.address
         except BaseException:
             self.stop()
             raise
@@ -93,7 +108,7 @@ class EmbeddedServer:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = ""
 
-    def _address(self, lifeline: socket.socket, timeout: float) -> str:
+    def _announced(self, lifeline: socket.socket, timeout: float) -> str:
         deadline = time.monotonic() + timeout
         line = b""
         while not line.endswith(b"\n"):
@@ -112,3 +127,10 @@ class EmbeddedServer:
         if word != "listening":
             raise RuntimeError(rest or "the embedded server ended; its standard error says why")
         return rest
+
+
+def _give(maildir: Path, account: tuple[int, int, tuple[int, ...]]) -> None:
+    """Make a Maildir that is not there yet for the account that will write to it."""
+    if not maildir.exists():
+        maildir.mkdir(parents=True, mode=0o700)
+        os.chown(maildir, *account[:2])

@@ -6,7 +6,7 @@ addition stays constant on average. When the dictionary is full, the oldest entr
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -53,6 +53,10 @@ class ExpiringDict(Generic[K, V]):
         if self._added > len(entries) or len(entries) >= self.max_entries:
             self._sweep(now)
         entries[key] = (expires, value)
+
+    def items(self, now: float) -> Iterator[tuple[K, V, float]]:
+        """Each key with its value and the time at which it is gone, without those that are gone."""
+        return ((key, value, expires) for key, (expires, value) in self._entries.items() if expires > now)
 
     def clear(self) -> None:
         """Forget everything."""

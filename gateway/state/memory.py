@@ -8,44 +8,35 @@ from zero, which errs on the side of the client).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from gateway.state.expiring import ExpiringDict, forget_oldest
-from gateway.state.store import MAX_VALUE, Hit, ImmediateStore, Lease, Window
+from gateway.state.sliding import ROUNDING, bucket, share_inside, wait
+from gateway.state.store import MAX_VALUE, Entry, Hit, ImmediateStore, Lease, Window
 
 _UNCOUNTED = Hit(True, 0.0, ())
-_ROUNDING = 1e-9  # a hit exactly at its retry_after must not fail for a last binary digit
 
 
 class _Buckets:
     """The counters of one period: the running bucket and the one before it."""
 
-    __slots__ = ("before", "ends", "period", "running")
+    __slots__ = ("before", "ends", "number", "period", "running")
 
     def __init__(self, period: float, now: float) -> None:
-        if not period > 0:
-            raise ValueError(f"a window's period is {period!r}, not a positive number of seconds")
+        self.number = bucket(now, period)
         self.period = period
-        self.ends = (now // period + 1) * period
+        self.ends = (self.number + 1) * period
         self.running: dict[str, int] = {}
         self.before: dict[str, int] = {}
 
     def turn(self, now: float) -> None:
-        """Begin the bucket that `now` lies in."""
-        self.before = self.running if now < self.ends + self.period else {}
-        self.running = {}
-        self.ends = (now // self.period + 1) * self.period
-
-    def wait(self, key: str, limit: int, n: int, share: float) -> float:
-        """Seconds until `n` more hits fit, when `share` of the earlier bucket still counts and nobody else hits."""
-        if n > limit:
-            return math.inf
-        running = self.running.get(key, 0)
-        before = self.before.get(key, 0)
-        if running + n <= limit:
-            return (share - (limit - running - n) / before) * self.period
-        return (share + max(0.0, 1.0 - (limit - n) / running)) * self.period
+        """Begin the bucket that `now` lies in, if that is a later one."""
+        number = bucket(now, self.period)
+        if number > self.number:
+            self.before = self.running if number == self.number + 1 else {}
+            self.running = {}
+            self.number, self.ends = number, (number + 1) * self.period
 
 
 class _FreeLease:
@@ -98,7 +89,7 @@ class MemoryStore:
         if not key or not windows:
             return _UNCOUNTED
         now = self._clock()
-        refused, wait = False, 0.0
+        refused, longest = False, 0.0
         estimates: list[float] = []
         for limit, period in windows:
             buckets = self._buckets.get(period)
@@ -106,14 +97,17 @@ class MemoryStore:
                 buckets = self._buckets[period] = _Buckets(period, now)
             elif now >= buckets.ends:
                 buckets.turn(now)
-            share = (buckets.ends - now) / period
-            estimate = buckets.running.get(key, 0) + buckets.before.get(key, 0) * share
+            share = share_inside(buckets.number, period, now)
+            running, before = buckets.running.get(key, 0), buckets.before.get(key, 0)
+            estimate = running + before * share
             estimates.append(estimate)
-            if estimate + n > limit + _ROUNDING:
+            if estimate + n > limit + ROUNDING:
                 refused = True
-                wait = max(wait, buckets.wait(key, limit, n, share))
+                longest = max(longest, wait(limit, n, running, before, share, period))
         if refused:
-            return Hit(False, wait, tuple(estimates))
+            return Hit(False, longest, tuple(estimates))
+        if n == 0:
+            return Hit(True, 0.0, tuple(estimates))
         if len(windows) == 1:
             self._count(windows[0].period, key, n)
         else:  # each period once: two windows of one period share their counters
@@ -148,6 +142,34 @@ class MemoryStore:
         now = self._clock()
         self._values.put(key, value, now + ttl, now)
 
+    def entries_now(self, prefix: str, limit: int = 1000) -> list[Entry]:
+        """What `entries` of `Store` gives."""
+        now = self._clock()
+        found: list[Entry] = []
+        for period, buckets in self._buckets.items():
+            buckets.turn(now)
+            share = share_inside(buckets.number, period, now)
+            for key in buckets.running.keys() | buckets.before.keys():
+                if key.startswith(prefix):
+                    running, before = buckets.running.get(key, 0), buckets.before.get(key, 0)
+                    rest = (buckets.number + (2 if running else 1)) * period - now
+                    found.append(Entry(key, "rate", running + before * share, None, rest))
+        found += [Entry(key, "held", n, None, None) for key, n in self._held.items() if key.startswith(prefix)]
+        for key, value, expires in self._values.items(now):
+            if key.startswith(prefix):
+                found.append(Entry(key, "value", 0, value, expires - now))
+        return sorted(found, key=attrgetter("key"))[:limit]
+
+    def clear_now(self, key: str) -> bool:
+        """What `clear` of `Store` does."""
+        found = self._values.get(key, self._clock()) is not None
+        self._values.put(key, b"", 0.0, 0.0)
+        for buckets in self._buckets.values():
+            buckets.turn(self._clock())
+            for counters in (buckets.running, buckets.before):
+                found = counters.pop(key, 0) > 0 or found
+        return found
+
     async def hit(self, key: str, windows: Sequence[Window], n: int = 1) -> Hit:
         return self.hit_now(key, windows, n)
 
@@ -159,6 +181,12 @@ class MemoryStore:
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
         self.put_now(key, value, ttl)
+
+    async def entries(self, prefix: str, limit: int = 1000) -> list[Entry]:
+        return self.entries_now(prefix, limit)
+
+    async def clear(self, key: str) -> bool:
+        return self.clear_now(key)
 
     async def close(self) -> None:
         self._buckets.clear()

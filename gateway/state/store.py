@@ -31,14 +31,22 @@ for "nobody known" and is never counted, since that would put strangers into one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, Protocol
 
 MAX_VALUE: Final = 16_384
 """Octets of a value: stores hold answers and marks, never messages."""
 
 
 class StoreError(Exception):
-    """The store did not answer, or not in time. The stage's `on_error` decides what that means."""
+    """The store did not answer, or not in time. The stage's `on_error` decides what that means.
+
+    `reason` is the label of the failure's metric.
+    """
+
+    def __init__(self, text: str, reason: Literal["timeout", "unreachable", "full", "other"] = "other") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class Window(NamedTuple):
@@ -59,6 +67,22 @@ class Hit(NamedTuple):
     allowed: bool
     retry_after: float
     counts: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing a store holds, as an operator sees it.
+
+    `rate`: the hits on `key` in one period, `count` being the estimate of this moment. `held`: `count` places of a
+    concurrency limit are taken. `value`: what was put, with a `count` of 0. `expires` is how many seconds from now
+    the entry is gone if nobody touches it, None if it stays until it is released.
+    """
+
+    key: str
+    kind: Literal["rate", "held", "value"]
+    count: float
+    value: bytes | None
+    expires: float | None
 
 
 class Lease(Protocol):
@@ -101,6 +125,17 @@ class Store(Protocol):
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
         """Keep `value` (at most `MAX_VALUE` octets, else `ValueError`) for `ttl` seconds; zero or less forgets it."""
+        ...
+
+    async def entries(self, prefix: str, limit: int = 1000) -> list[Entry]:
+        """What the store holds under keys that begin with `prefix`, ordered by key, at most `limit` entries.
+
+        A key may occur more than once: a rate for each period, and beside it places held and a value.
+        """
+        ...
+
+    async def clear(self, key: str) -> bool:
+        """Forget the rates and the value of exactly this key, and tell whether there were any. Leases stay."""
         ...
 
     async def close(self) -> None:

@@ -15,6 +15,7 @@ A transcript is a YAML head (the pipeline's keys, and `play:` for the player), a
     U= abandoned                     ... sees it close in the middle of content, without an end of data
     U= down                          ... listens no more
     C= close | reset | half          the client closes, resets, shuts down its sending side
+    C= again                         the client, which saw the end (S= closed), connects anew
     C= starttls                      the client's TLS handshake
     C= cram-md5 USER PASSWORD        the client answers the challenge (334) that it read last
     C= apop USER PASSWORD            the client says APOP to the timestamp in the line that it read last
@@ -250,6 +251,8 @@ class Player:
                 self.writer.write_eof()
             case "C", "reset":
                 _reset(self.writer)
+            case "C", "again":
+                await self._connect()
             case "C", "starttls":
                 await self.writer.start_tls(self.context)
             case "C", "cram-md5", user, password:

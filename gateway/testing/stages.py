@@ -88,7 +88,10 @@ class FakeResolver(Resolver):
 
 
 class FakeWorker:
-    """The worker that `start` gets: a memory store and a clock of its own, both open to the test."""
+    """The worker that `start` gets: a memory store and a clock of its own, both open to the test.
+
+    `trusted` are the addresses that `trusts` knows.
+    """
 
     def __init__(
         self,
@@ -97,11 +100,13 @@ class FakeWorker:
         resolver: Resolver | None = None,
         clock: FakeClock | None = None,
         hostname: str = "gateway.example",
+        trusted: Iterable[str] = (),
     ) -> None:
         self.fake_clock = clock if clock is not None else FakeClock()
         self._store: Store = store if store is not None else MemoryStore(self.fake_clock)
         self._resolver = resolver
         self._hostname = hostname
+        self.trusted = set(trusted)
         self._log: structlog.typing.FilteringBoundLogger = structlog.get_logger("gateway.testing")
 
     @property
@@ -129,6 +134,10 @@ class FakeWorker:
     @property
     def hostname(self) -> str:
         return self._hostname
+
+    def trusts(self, address: str) -> bool:
+        """Whether the test said so."""
+        return address in self.trusted
 
 
 class FakeAttempt:

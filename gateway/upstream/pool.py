@@ -2,77 +2,42 @@
 
 Selection never opens a connection; the prelude and the probe report how opening one went (`failed`,
 `succeeded`, `probed`). What the servers announced is merged into the pool's profile in `profile.py`.
+Workers have one view of the servers: what one finds out it tells the others (`Pool.news`, `Pool.apply`).
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from gateway.observe import metrics
+from gateway.protocol.smtp import Ehlo
+from gateway.upstream.balance import Balance
+from gateway.upstream.description import Json, describe_server
 from gateway.upstream.dial import tls_context
+from gateway.upstream.line import Line
+from gateway.upstream.places import Places, Waiting
+from gateway.upstream.pool_settings import PoolSettings, TlsPolicy
 from gateway.upstream.profile import ProfileStore, parse_keywords, shared_keywords
 from gateway.upstream.server import Server, parse_server
 
 if TYPE_CHECKING:
-    from gateway.protocol.smtp import Ehlo
     from gateway.session import Session
 
-Balance = Literal["round_robin", "least_connections", "client", "user", "domain"]
-TlsPolicy = Literal["off", "opportunistic", "required"]
+__all__ = ["News", "Pool", "PoolBusy", "PoolDown", "PoolSettings", "PoolUnavailable", "Pools", "TlsPolicy"]
+
+News = dict[str, Json]
+"""What a worker found out of a server, for the others: `kind`, `url`, and what `Pool.apply` reads of that kind."""
 
 FIRST_BACK_OFF = 1.0
 LONGEST_BACK_OFF = 60.0
 REST_SECONDS = 1.0
-SMALLEST_SHARE = 0.1
+TELL_SECONDS = 1.0
 DYNAMIC_POOLS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSettings:
-    """A pool as configured. Times are seconds.
-
-    `servers` are URLs and weights. `balance`: in turn by weight, fewest connections for its weight, or the same
-    server for the same client address, user or domain. `max_connections` holds per server, `queue` for sessions
-    that wait for one. `source` is the local address to connect from. `assume` replaces what the servers announce
-    (`("SIZE 10000000", "8BITMIME")`); stores are then not asked. `greeting_timeout` covers each of TLS, greeting and
-    EHLO. Without `health` servers are not asked at the start nor watched. `health_fall` failures of the active check in
-    a row take a server out, `health_rise` successes bring it back; what comes back has its full share after
-    `slow_start`. `allow_plaintext_login` lets passwords pass in clear text over the network.
-    """
-
-    servers: tuple[tuple[str, int], ...] = ()
-    balance: Balance = "round_robin"
-    max_connections: int = 80
-    queue: int = 100
-    queue_timeout: float = 10.0
-    tls: TlsPolicy = "opportunistic"
-    verify: bool = True
-    ca_file: str | None = None
-    server_name: str | None = None
-    source: str | None = None
-    bdat: bool = False
-    reuse: bool = False
-    reuse_transactions: int = 20
-    reuse_idle: float = 30.0
-    assume: tuple[str, ...] | None = None
-    connect_timeout: float = 10.0
-    greeting_timeout: float = 30.0
-    command_timeout: float = 300.0
-    data_done_timeout: float = 600.0  # RFC 5321 4.5.3.2.6: clients wait ten minutes for the end of data
-    allow_plaintext_login: bool = False
-    hello: Literal["ehlo", "as_client"] = "ehlo"
-    health: bool = True
-    health_interval: float = 30.0
-    health_timeout: float = 5.0
-    health_fall: int = 3
-    health_rise: int = 2
-    slow_start: float = 30.0
+HEAVIEST = 1000
 
 
 class PoolUnavailable(Exception):
@@ -87,18 +52,14 @@ class PoolBusy(PoolUnavailable):
     """Every server has all the connections it may have, and waiting did not help."""
 
 
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    future: asyncio.Future[Server]
-    session: Session
-    exclude: Collection[Server]
-
-
 class Pool:
     """A named group of servers.
 
-    `clock` is seconds that only grow, `store` remembers what servers announced. `learner` (the health check's) asks
-    them now. Raises ValueError for settings that cannot work.
+    `clock` is seconds that only grow and that all workers have in common (CLOCK_MONOTONIC), `store` remembers what
+    servers announced. `pipeline` and `name` are what the pool has in common with those of other workers; a `dynamic`
+    one is of this worker alone and has no series of its own. `learner` (the health check's) asks the servers now,
+    `probing` while this worker does so all the time. `news` is called with what other workers are to `apply`.
+    Raises ValueError for settings that cannot work.
     """
 
     def __init__(
@@ -108,6 +69,8 @@ class Pool:
         *,
         clock: Callable[[], float] = time.monotonic,
         store: ProfileStore | None = None,
+        pipeline: str = "",
+        dynamic: bool = False,
     ) -> None:
         if not settings.servers:
             raise ValueError(f"pool {name}: no servers")
@@ -125,12 +88,30 @@ class Pool:
             tls_context(settings.ca_file, True)  # so that a file that is none is found now
         self._clock = clock
         self._store = store
-        self._waiters: deque[_Waiter] = deque()
-        self._turn = 0
+        self._balance = Balance(settings.balance, settings.slow_start)
+        self.pipeline = pipeline
+        self.dynamic = dynamic
+        self._count()
+        self.news: Callable[[News], None] | None = None
+        self.probing = False
+        self._asked_at = float("-inf")
         self.learner: Callable[[], Awaitable[None]] | None = None
         self._assumed = None if settings.assume is None else parse_keywords(settings.assume)
         self._profile: dict[str, str] | None = None
         self._merge()
+
+    def _count(self) -> None:
+        labels = {"pipeline": self.pipeline, "pool": metrics.DYNAMIC if self.dynamic else self.name}
+        for server in self.servers:
+            theirs = {**labels, "server": metrics.DYNAMIC if self.dynamic else server.url}
+            server.places = Places(server, theirs, not self.dynamic)
+            server.ejections = metrics.counter("gateway_upstream_ejections_total", **theirs)
+        self._line = Line(self._take, self.release, Waiting(labels, not self.dynamic), self._clock)
+        self._late = metrics.counter("gateway_upstream_queue_timeouts_total", **labels)
+
+    def labels(self, server: Server) -> dict[str, str]:
+        """What names a server of a pool that is not `dynamic` in the metrics."""
+        return {"pipeline": self.pipeline, "pool": self.name, "server": server.url}
 
     # --- selection
 
@@ -142,107 +123,57 @@ class Pool:
         """
         if not any(server.available(self._clock()) for server in self.servers if server not in exclude):
             raise PoolDown(self._why_down(exclude))
-        if self._waiters:
-            self._serve_waiters()
-        if not self._waiters or exclude:
-            server = self._choose(session, exclude)
+        if self._line:
+            self._line.serve()
+        if not self._line or exclude:
+            server = self._take(session, exclude)
             if server is not None:
-                server.active += 1
                 return server
-        if len(self._waiters) >= self.settings.queue:
-            raise PoolBusy(f"pool {self.name}: every server has {self.settings.max_connections} connections "
-                           f"and {len(self._waiters)} sessions wait already")
-        return await self._wait(session, exclude)
-
-    async def _wait(self, session: Session, exclude: Collection[Server]) -> Server:
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(loop.create_future(), session, exclude)
-        self._waiters.append(waiter)
-        timer = loop.call_later(self.settings.queue_timeout, self._waited_too_long, waiter)
+        self._ask_for_idle()
+        limit, waiting = self.settings.max_connections, self._line.everywhere
+        if waiting >= self.settings.queue:
+            raise PoolBusy(f"pool {self.name}: every server has {limit} connections "
+                           f"and {waiting} sessions wait already")
+        seconds = self.settings.queue_timeout
+        late = PoolBusy(f"pool {self.name}: no connection became free within {seconds:g}s")
         try:
-            return await waiter.future
-        except asyncio.CancelledError:
-            # The session was ended in the very turn in which it got its server.
-            if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
-                self.release(waiter.future.result())
+            return await self._line.wait(session, exclude, seconds, late)
+        except PoolBusy:
+            self._late.add()
             raise
-        finally:
-            timer.cancel()
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-
-    def _waited_too_long(self, waiter: _Waiter) -> None:
-        if not waiter.future.done():
-            waiter.future.set_exception(PoolBusy(
-                f"pool {self.name}: no connection became free within {self.settings.queue_timeout:g}s"))
 
     def release(self, server: Server) -> None:
         """A connection from `acquire` is over (or idle); the first in line that can use the place gets it."""
-        server.active -= 1
-        if self._waiters:
-            self._serve_waiters()
+        held = server.active
+        server.active = held - 1
+        server.places.free()
+        if server.idle and self._line.everywhere > len(self._line):
+            server.close_idle()  # other workers wait for the places
+        if self._line and not self._line.gives_way(held, self.settings.max_connections):
+            self._line.serve()
 
-    def _serve_waiters(self) -> None:
-        for waiter in list(self._waiters):
-            if waiter.future.done():
-                self._waiters.remove(waiter)
-                continue
-            server = self._choose(waiter.session, waiter.exclude)
-            if server is None:
-                if not waiter.exclude:
-                    return
-                continue
-            server.active += 1
-            self._waiters.remove(waiter)
-            waiter.future.set_result(server)
-
-    def _choose(self, session: Session, exclude: Collection[Server]) -> Server | None:
-        """The server the balance names among those that may take one more, or None."""
+    def _take(self, session: Session, exclude: Collection[Server]) -> Server | None:
+        """A place at the server that the balance names among those that may take one more, or None."""
         now = self._clock()
         limit = self.settings.max_connections
         free = [s for s in self.servers if s.active < limit and s.available(now) and s not in exclude]
-        if len(free) <= 1:
-            return free[0] if free else None
-        match self.settings.balance:
-            case "round_robin":
-                return self._next_in_turn(free, now)
-            case "least_connections":
-                self._turn += 1
-                chosen = min(free, key=lambda s: ((s.active + 1) / self._share(s, now), s.turn))
-                chosen.turn = self._turn
-                return chosen
-            case _:
-                key = self._hash_key(session)
-                return max(free, key=lambda s: _rendezvous(key, s) * self._share(s, now))
+        while free:
+            server = self._balance.choose(free, session, now)
+            if server.places.take(limit):
+                server.active += 1
+                return server
+            free.remove(server)  # other workers have the rest
+        return None
 
-    def _next_in_turn(self, free: list[Server], now: float) -> Server:
-        """Weighted round robin without bursts: each gains its share, the richest pays the total and is taken."""
-        total = 0.0
-        chosen = free[0]
-        for server in free:
-            share = self._share(server, now)
-            total += share
-            server.share += share
-            if server.share > chosen.share:
-                chosen = server
-        chosen.share -= total
-        return chosen
-
-    def _share(self, server: Server, now: float) -> float:
-        """The weight, less for a while after an ejection: a server just back has cold caches (slow return)."""
-        since, whole = now - server.ejected_until, self.settings.slow_start
-        return server.weight if since >= whole else server.weight * max(SMALLEST_SHARE, since / whole)
-
-    def _hash_key(self, session: Session) -> bytes:
-        """What stays with one server. Without a user (or sender domain) the client's address stands in."""
-        key = ""
-        if self.settings.balance == "user":
-            key = session.user
-        elif self.settings.balance == "domain":
-            key = session.user.rpartition("@")[2] if "@" in session.user else ""
-            if not key and session.transaction is not None:
-                key = session.transaction.sender_domain
-        return (key or session.client.address).encode()
+    def _ask_for_idle(self) -> None:
+        """Connections that other workers only keep are in the way of sessions that wait; once a second is enough."""
+        now = self._clock()
+        if now - self._asked_at < TELL_SECONDS:
+            return
+        self._asked_at = now
+        for server in self.servers:
+            if server.places.idle_elsewhere():
+                self._tell("crowded", server)
 
     # --- health
 
@@ -257,48 +188,192 @@ class Pool:
         if server.ejected_until > now:
             return  # sessions that began before the ejection tell nothing new
         server.failures += 1
-        if 2 * sum(not other.available(now) for other in self.servers if other is not server) + 2 <= len(self.servers):
-            server.ejected_until = now + min(FIRST_BACK_OFF * 2.0 ** min(server.failures - 1, 10), LONGEST_BACK_OFF)
+        back_off = min(FIRST_BACK_OFF * 2.0 ** min(server.failures - 1, 10), LONGEST_BACK_OFF)
+        if self._eject(server, now, now + back_off):
+            server.ejections.add()
+            if now - server.told_at >= TELL_SECONDS:
+                server.told_at, server.ejection_told = now, True
+                self._tell("ejection", server, error=error, failures=server.failures, until=server.ejected_until)
         elif slow:
             server.resting_until = now + REST_SECONDS
-        self._dismiss_waiters(now)
+        self._dismiss_waiters()
+
+    def _eject(self, server: Server, now: float, until: float) -> bool:
+        """Nobody goes there before `until`, unless it is one too many."""
+        if 2 * sum(not other.available(now) for other in self.servers if other is not server) + 2 > len(self.servers):
+            return False
+        server.ejected_until, server.changed = until, now
+        self._report(server)
+        return True
 
     def succeeded(self, server: Server) -> None:
         """The server answered connect, TLS, greeting and EHLO."""
         if server.failures:
-            server.failures = 0
-            server.last_error = ""
-            server.ejected_until = min(server.ejected_until, self._clock())
-            server.resting_until = float("-inf")
-            self._serve_waiters()
+            told = server.ejection_told
+            self._recover(server)
+            if told:
+                self._tell("ejection", server, until=None)
+
+    def _recover(self, server: Server) -> None:
+        now = self._clock()
+        if server.ejection_told or server.ejected_until > now:
+            server.changed = now
+        server.failures = 0
+        server.last_error = ""
+        server.ejection_told = False
+        server.ejected_until = min(server.ejected_until, now)
+        server.resting_until = float("-inf")
+        self._report(server)
+        self._line.serve()
 
     def probed(self, server: Server, error: str) -> None:
         """The health check's word (empty: healthy); unlike sessions it may take the last server out."""
         now = self._clock()
         if error:
-            server.down = True
+            if not server.down:
+                server.down, server.changed = True, now
             server.last_error = error
-            self._dismiss_waiters(now)
+            self._dismiss_waiters()
         elif server.down:
-            server.down = False
+            server.down, server.changed = False, now
             server.ejected_until = now  # it returns slowly
-            server.failures = 0
-            server.last_error = ""
-            self._serve_waiters()
-        else:
-            self.succeeded(server)
+            self._recover(server)
+        elif server.failures:
+            self._recover(server)
+        self._report(server)
 
-    def _dismiss_waiters(self, now: float) -> None:
+    def checked(self, server: Server, error: str, seconds: float) -> None:
+        """One check is over: tell the other workers what it found, and how the server is seen here now.
+
+        They hear of each, so that one which missed some is right after the next.
+        """
+        server.latency = seconds
+        keywords = None if server.ehlo is None else dict(server.ehlo.keywords)
+        why = server.last_error if server.down else error
+        self._tell("check", server, down=server.down, error=why, seconds=seconds, keywords=keywords)
+
+    def watch(self, probing: bool) -> None:
+        """Whether this worker is the one that probes, and says in the metrics which servers are up."""
+        self.probing = probing
+        for server in self.servers:
+            if server.up is not None:
+                server.up.set(0)
+            server.up = metrics.gauge("gateway_upstream_up", **self.labels(server)) if probing else None
+            self._report(server)
+
+    def _report(self, server: Server) -> None:
+        """An ejected server is down until it has answered again."""
+        if server.up is not None:
+            server.up.set(not server.down and not (server.failures and server.ejected_until > float("-inf")))
+
+    def _dismiss_waiters(self) -> None:
         """Nobody waits for a pool that is down."""
-        if not self._waiters or any(server.available(now) for server in self.servers):
-            return
-        for waiter in self._waiters:
-            if not waiter.future.done():
-                waiter.future.set_exception(PoolDown(self._why_down(())))
+        now = self._clock()
+        if self._line and not any(server.available(now) for server in self.servers):
+            self._line.dismiss(PoolDown(self._why_down(())))
 
     def _why_down(self, exclude: Collection[Server]) -> str:
-        rest = [f"{s.url}: {s.last_error or 'down'}" for s in self.servers if s not in exclude]
-        return f"pool {self.name}: " + ("; ".join(rest) or "every server was tried")
+        rest = [server for server in self.servers if server not in exclude]
+        if rest and not any(server.in_service for server in rest):
+            return f"pool {self.name}: drained by the administrator"
+        reasons = [
+            f"{s.url}: {(s.last_error or 'down') if s.in_service else 'drained by the administrator'}" for s in rest
+        ]
+        return f"pool {self.name}: " + ("; ".join(reasons) or "every server was tried")
+
+    # --- the other workers
+
+    def _tell(self, kind: str, server: Server, **facts: Json) -> None:
+        if self.news is not None:
+            self.news({"kind": kind, "url": server.url, **facts})
+
+    def apply(self, news: Mapping[str, Json]) -> None:
+        """What another worker found out, with no need to find out the same here. What is unknown is ignored.
+
+        `check`: a server was asked. `ejection`: sessions met a failure, or (`until` None) a success after it.
+        `administered`: see `administer`. `crowded`: sessions of another worker wait for what is only kept here.
+        """
+        for server in self.servers:
+            if server.url == news.get("url"):
+                match news.get("kind"):
+                    case "check":
+                        self._apply_check(server, news)
+                    case "ejection":
+                        self._apply_ejection(server, news)
+                    case "administered":
+                        self._set(server, bool(news.get("drained")), int(_number(news.get("weight"), server.weight)))
+                    case "crowded":
+                        server.close_idle()
+
+    def _apply_check(self, server: Server, news: Mapping[str, Json]) -> None:
+        keywords, error = news.get("keywords"), str(news.get("error", ""))
+        server.latency = _number(news.get("seconds"), 0.0)
+        if isinstance(keywords, Mapping):
+            self.learned(server, Ehlo("", {keyword: str(text) for keyword, text in keywords.items()}))
+        if news.get("down"):
+            self.probed(server, error or "down")
+        elif not error:
+            self.probed(server, "")
+
+    def _apply_ejection(self, server: Server, news: Mapping[str, Json]) -> None:
+        now = self._clock()
+        if news.get("until") is None:
+            if server.failures:
+                self._recover(server)
+            return
+        until = min(_number(news.get("until"), now), now + LONGEST_BACK_OFF)
+        if until > max(now, server.ejected_until) and self._eject(server, now, until):
+            server.failures = max(server.failures, int(_number(news.get("failures"), 1)))
+            server.last_error = str(news.get("error", ""))
+            server.ejection_told = True  # so that all hear of it when this worker meets a success first
+            self._report(server)
+            self._dismiss_waiters()
+
+    # --- the administrator
+
+    def administer(self, url: str, action: str, weight: int | None = None) -> bool:
+        """Set a server's state as HAProxy's `set server state` and `set weight` do; False for an unknown server.
+
+        `drain`: no new sessions, those that are there go on, and so do health checks. `ready`: back at once, with its
+        weight; down or ejected it stays. `weight`: 0 to 1000, effective from the next session on; with 0 the server
+        gets no new sessions, and whatever a hash kept with it returns with the next weight. Raises ValueError for
+        another action or weight.
+        """
+        if action not in ("drain", "ready", "weight"):
+            raise ValueError(f"{action!r} is none of drain, ready, weight")
+        if action == "weight" and (weight is None or not 0 <= weight <= HEAVIEST):
+            raise ValueError(f"weight {weight}: 0 to {HEAVIEST} can be set")
+        try:
+            target = parse_server(url, self.protocol)
+        except ValueError:
+            return False
+        found = [server for server in self.servers if server.target.same_place(target)]
+        for server in found:
+            drained = server.drained if action == "weight" else action == "drain"
+            self._set(server, drained, server.weight if action != "weight" or weight is None else weight)
+            self._tell("administered", server, drained=server.drained, weight=server.weight)
+        return bool(found)
+
+    def _set(self, server: Server, drained: bool, weight: int) -> None:
+        server.drained, server.weight = drained, weight
+        if server.in_service:
+            self._line.serve()
+        else:
+            server.close_idle()
+            self._dismiss_waiters()
+
+    def describe(self) -> dict[str, Json]:
+        """The pool in plain JSON, for the administrator; see `describe_server` for its servers."""
+        now = self._clock()
+        return {
+            "name": self.name,
+            "protocol": self.protocol,
+            "balance": self.settings.balance,
+            "max_connections": self.settings.max_connections,
+            "health": self.settings.health and not self.dynamic,
+            "waiting": len(self._line),
+            "servers": [describe_server(server, now, self._balance.share(server, now)) for server in self.servers],
+        }
 
     # --- what the servers announce
 
@@ -337,22 +412,14 @@ class Pool:
     def close_idle(self) -> None:
         """End the connections kept for reuse (at a stop)."""
         for server in self.servers:
-            while server.idle:
-                connection = server.idle.pop()
-                connection.stop_waiting()
-                connection.end_quietly()
+            server.close_idle()
 
     def __repr__(self) -> str:
         return f"<Pool {self.name} {len(self.servers)} servers>"
 
 
-def _rendezvous(key: bytes, server: Server) -> float:
-    """Highest random weight: each key ranks the servers its own way, so a lost server moves only its own keys.
-
-    Times the weight, it gives each server its share of the keys.
-    """
-    digest = blake2b(key, digest_size=8, key=server.key).digest()
-    return -1.0 / math.log(((int.from_bytes(digest) >> 12) + 0.5) / 2**52)
+def _number(value: Json, default: float) -> float:
+    return value if isinstance(value, int | float) else default
 
 
 class Pools(dict[str, Pool]):
@@ -387,7 +454,9 @@ class Pools(dict[str, Pool]):
             for server in known.servers:
                 if server.url == address or (server.target.same_place(target) and "://" not in url):
                     settings, address = known.settings, server.url
-        pool = Pool(address, replace(settings, servers=((address, 1),)), clock=self._clock)
+        pipeline = next((known.pipeline for known in self.values()), "")
+        own = replace(settings, servers=((address, 1),))
+        pool = Pool(address, own, clock=self._clock, pipeline=pipeline, dynamic=True)
         self._dynamic[key] = pool
         if len(self._dynamic) > DYNAMIC_POOLS:
             self._forget_one()
@@ -403,5 +472,9 @@ class Pools(dict[str, Pool]):
 
     def close_idle(self) -> None:
         """End the connections kept for reuse in every pool."""
-        for pool in (*self.values(), *self._dynamic.values()):
+        for pool in self.every():
             pool.close_idle()
+
+    def every(self) -> Iterable[Pool]:
+        """All pools, those of one server too."""
+        return (*self.values(), *self._dynamic.values())

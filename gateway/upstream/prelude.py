@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import structlog
 
+from gateway.observe import metrics
 from gateway.upstream.connection import UpstreamConnection, UpstreamError
 from gateway.upstream.dial import ClientRefused, LoopDetected, dial
 from gateway.upstream.pool import Pool, PoolBusy, PoolDown
@@ -152,7 +154,10 @@ async def _open_on(server: Server, opening: _Opening) -> UpstreamConnection | Re
         # A PROXY header goes in front of everything, so that a used connection cannot take it.
         connection: UpstreamConnection | None = None if hooks.upstream_connect else _take_idle(server, pool)
         reused = connection is not None
-        if connection is None:
+        if connection is not None:
+            name, url = shown(pool, server)
+            metrics.counter("gateway_upstream_reused_total", pipeline=pool.pipeline, pool=name, server=url).add()
+        else:
             _make_room(server, pool)
             opened = await _open_new(server, opening)
             if isinstance(opened, Refuse):
@@ -201,7 +206,7 @@ async def _open_new(server: Server, opening: _Opening) -> UpstreamConnection | R
     def preface(connection: UpstreamConnection) -> None:
         _ask_connect(hooks.upstream_connect, session, connection)
 
-    opened = None
+    opened, result, begun = None, "canceled", perf_counter()
     try:
         opened = await dial(
             server,
@@ -215,20 +220,46 @@ async def _open_new(server: Server, opening: _Opening) -> UpstreamConnection | R
         pool.succeeded(server)
         if opened.ehlo is not None:
             pool.learned(server, opened.ehlo)
+        result = "ok"
         return opened
     except _Refused as refused:
+        result = "refused"
         return refused.refuse
     except ClientRefused as refused:
         pool.succeeded(server)
+        result = "refused"
         return Refuse(Cause.ACCESS_DENIED, reply=refused.reply)
     except UpstreamError as error:
+        result = error.kind
         if error.kind != "busy":
             pool.failed(server, error.text, slow=error.kind == "timeout")
         log.info("upstream_failure", session=session.id, server=server.url, kind=error.kind, error=error.text)
         raise
     finally:
+        _count(pool, server, opened, result, perf_counter() - begun)
         if opened is None:
             pool.release(server)
+
+
+def _count(pool: Pool, server: Server, opened: UpstreamConnection | None, result: str, seconds: float) -> None:
+    """What came of opening a connection. Octets are counted from here on, those that passed already too."""
+    pipeline, (name, url) = pool.pipeline, shown(pool, server)
+    metrics.counter(
+        "gateway_upstream_connections_total", pipeline=pipeline, pool=name, server=url, result=result
+    ).add()
+    if opened is not None:
+        metrics.histogram(
+            "gateway_upstream_connect_seconds", pipeline=pipeline, pool=name, server=url
+        ).observe(seconds)
+        opened.wire.count(
+            metrics.counter("gateway_upstream_bytes_total", pipeline=pipeline, direction="in"),
+            metrics.counter("gateway_upstream_bytes_total", pipeline=pipeline, direction="out"),
+        )
+
+
+def shown(pool: Pool, server: Server) -> tuple[str, str]:
+    """The names of both in metrics: those that the configuration knows."""
+    return (metrics.DYNAMIC, metrics.DYNAMIC) if pool.dynamic else (pool.name, server.url)
 
 
 def _ask_connect(hooks: Hooks, session: Session, connection: UpstreamConnection) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.observe import metrics
 from gateway.protocol.proxy_header import encode_v2_local
 from gateway.protocol.smtp import Ehlo
 from gateway.upstream.connection import UpstreamConnection, UpstreamError
@@ -80,11 +81,12 @@ def _local_header(connection: UpstreamConnection) -> None:
 
 
 class Health:
-    """The active check of one pool: a task a server, from `start` to `stop`.
+    """The active check of one pool: a task a server, in the worker that probes, from `start` to `stop`.
 
     A server is asked every `interval` seconds (give or take a fifth, so that several gateways do not ask in step).
     `health_fall` failures in a row take it out, and while it fails it is asked after 1, 2, 4 ... seconds;
-    `health_rise` successes bring it back. `sleep` waits, for tests.
+    `health_rise` successes bring it back. While nothing is known of the pool, so that clients cannot be greeted, its
+    servers are asked every second. `sleep` waits, for tests.
     """
 
     def __init__(
@@ -106,22 +108,38 @@ class Health:
         self._tasks: list[asyncio.Task[None]] = []
         self._learning: asyncio.Task[None] | None = None
         self._not_before = float("-inf")
+        self._unwell: set[Server] = set()
+        self._took = metrics.histogram("gateway_upstream_check_seconds", pipeline=pool.pipeline, pool=pool.name)
         pool.learner = self.learn
 
-    def start(self) -> None:
-        """Begin to watch every server of the pool, if the pool says so."""
-        if not self.pool.settings.health:
+    def start(self, probing: bool = True) -> None:
+        """From now on this worker watches every server of the pool, if the pool says so; or another worker does.
+
+        Called again, it takes over from a worker that is gone, or leaves it to another one.
+        """
+        if probing is self.pool.probing:
             return
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._watch(server)) for server in self.pool.servers]
+        self.pool.watch(probing)
+        if not probing:
+            self._cancel()
+        elif self.pool.settings.health:
+            loop = asyncio.get_running_loop()
+            self._tasks = [loop.create_task(self._watch(server)) for server in self.pool.servers]
+
+    def _cancel(self) -> list[asyncio.Task[None]]:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        return tasks
 
     async def stop(self) -> None:
         """End all probes under way."""
-        tasks, self._tasks = self._tasks, []
+        if self.pool.probing:
+            self.pool.watch(False)
+        tasks = self._cancel()
         if self._learning is not None:
+            self._learning.cancel()
             tasks.append(self._learning)
-        for task in tasks:
-            task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
@@ -145,9 +163,12 @@ class Health:
     async def _learn(self, timeout: float | None) -> None:
         results = await asyncio.gather(*(self._probe(server, timeout) for server in self.pool.servers))
         for server, error in zip(self.pool.servers, results, strict=True):
-            if error is None:
+            if error is None and self.pool.probing:
                 self.pool.probed(server, "")
+            elif error is None:
+                self.pool.succeeded(server)  # whether it is down says the worker that watches it
             elif error.kind != "busy":
+                self._unwell.add(server)
                 log.warning("upstream_failure", pool=self.pool.name, server=server.url, kind=error.kind,
                             error=error.text)
 
@@ -169,26 +190,40 @@ class Health:
 
     def _pause(self, fell: int, rising: bool) -> float:
         """Seconds to the next probe: short while it is not clear whether the server is well."""
-        if rising:
+        if rising or self.pool.profile() is None:
             return min(FIRST_RETRY, self._interval)
         return min(FIRST_RETRY * 2.0 ** min(fell - 1, 10), self._interval) if fell else self._interval
 
     async def _watch(self, server: Server) -> None:
-        fell = rose = 0
+        loop = asyncio.get_running_loop()
+        fell, rose = int(server in self._unwell), 0
+        self._unwell.discard(server)
         while True:
             await self._sleep(self._pause(fell, server.down and rose > 0) * random.uniform(1 - JITTER, 1 + JITTER))
+            begun = loop.time()
             error = await self._probe(server)
             if error is None or error.kind == "busy":
                 fell, rose = 0, rose + 1
-                if not server.down or rose >= self.pool.settings.health_rise:
-                    if server.down:
-                        log.info("upstream_up", pool=self.pool.name, server=server.url)
-                    self.pool.probed(server, "")
+                self._well(server, rose)
+                self._count(server, "ok", "", loop.time() - begun)
                 continue
             fell, rose = fell + 1, 0
             if fell >= self.pool.settings.health_fall and not server.down:
                 log.warning("upstream_down", pool=self.pool.name, server=server.url, kind=error.kind, error=error.text)
                 self.pool.probed(server, error.text)
+            self._count(server, "failed", error.text, loop.time() - begun)
+
+    def _well(self, server: Server, rose: int) -> None:
+        """It answered `rose` checks in a row."""
+        if not server.down or rose >= self.pool.settings.health_rise:
+            if server.down:
+                log.info("upstream_up", pool=self.pool.name, server=server.url)
+            self.pool.probed(server, "")
+
+    def _count(self, server: Server, result: str, error: str, seconds: float) -> None:
+        self._took.observe(seconds)
+        metrics.counter("gateway_upstream_checks_total", **self.pool.labels(server), result=result).add()
+        self.pool.checked(server, error, seconds)
 
 
 async def learn(health: Health, timeout: float) -> bool:

@@ -103,8 +103,11 @@ class ProfileStore:
             return
         self._profiles[url] = dict(keywords)
         if self._path is not None:
+            written = _read(self._path)  # other workers write it too
+            if written.get(url) == keywords:
+                return
             try:
-                _replace(self._path, json.dumps(self._profiles, indent=1, sort_keys=True))
+                _replace(self._path, json.dumps({**written, url: dict(keywords)}, indent=1, sort_keys=True))
             except OSError as error:
                 log.warning("profiles_not_written", file=str(self._path), error=str(error))
 

@@ -13,7 +13,9 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gateway.observe.counters import Count
     from gateway.protocol.smtp import Ehlo
+    from gateway.upstream.places import Places
     from gateway.upstream.smtp import Connection
 
 Address = tuple[str, int] | str
@@ -96,20 +98,56 @@ def _host_and_port(url: str, text: str) -> tuple[str, int | None]:
     return host.lower(), int(port)
 
 
+class Idle(deque["Connection"]):
+    """Connections kept for reuse, the one used last at the right; `number` is that of this worker in the metrics."""
+
+    number: Count | None = None
+
+    def append(self, connection: Connection) -> None:
+        super().append(connection)
+        self._add(1)
+
+    def pop(self) -> Connection:  # type: ignore[override]  # no deque pops at a place
+        connection = super().pop()
+        self._add(-1)
+        return connection
+
+    def popleft(self) -> Connection:
+        connection = super().popleft()
+        self._add(-1)
+        return connection
+
+    def remove(self, connection: Connection) -> None:
+        super().remove(connection)
+        self._add(-1)
+
+    def _add(self, n: int) -> None:
+        if self.number is not None:
+            self.number.add(n)
+
+
 class Server:
     """One server of a pool.
 
-    `active` connections are in use, `idle` ones wait for reuse. `failures` in a row; before `ejected_until`
-    (pool's clock) no session goes there, and for a while after it fewer do; `resting_until` see `Pool.failed`.
-    `down` is the health check's word. `ehlo` is the last EHLO that the gateway saw in its own state: after TLS,
+    `active` connections of this worker are in use, `idle` ones wait for reuse. `places`, `ejections` and `up` (only
+    where the worker probes) are its metrics, once it is in a pool. `weight` is what counts now, `configured_weight`
+    what the pipeline says; `drained` by the administrator it gets no new sessions, nor with weight 0.
+    `failures` in a row; before `ejected_until` (pool's clock) no session goes there, and for a while after it fewer
+    do; `resting_until` see `Pool.failed`. `ejection_told`: other workers know of it, told at `told_at`.
+    `down` is the health check's word, `latency` the seconds that the last check took; `changed`: when the server last
+    went or came back, None for never. `ehlo` is the last EHLO that the gateway saw in its own state: after TLS,
     before it speaks for a client; of a store its capabilities. `fixed` is the address of a server that has no name to
     look up. `protocol` is smtp, lmtp, imap or pop3; `lmtp`: it speaks LMTP (RFC 2033), not SMTP.
     """
 
+    places: Places
+    ejections: Count
+
     __slots__ = (
-        "_addresses", "_fresh_until", "_lookup", "active", "down", "ehlo", "ejected_until", "failures", "fixed",
-        "idle", "implicit_tls", "key", "last_error", "lmtp", "local", "protocol", "resting_until", "share", "target",
-        "turn", "url", "weight",
+        "_addresses", "_fresh_until", "_lookup", "active", "changed", "configured_weight", "down", "drained", "ehlo",
+        "ejected_until", "ejection_told", "ejections", "failures", "fixed", "idle", "implicit_tls", "key", "last_error",
+        "latency", "lmtp", "local", "places", "protocol", "resting_until", "share", "target", "told_at", "turn", "up",
+        "url", "weight",
     )  # fmt: skip
 
     def __init__(self, url: str, weight: int = 1, default_scheme: str = "smtp") -> None:
@@ -118,18 +156,24 @@ class Server:
             raise ValueError(f"{url!r}: weight {weight} is less than 1")
         self.url = str(self.target)
         self.key = blake2b(self.url.encode(), digest_size=16).digest()
-        self.weight = weight
+        self.weight = self.configured_weight = weight
         self.implicit_tls = self.target.scheme in IMPLICIT_TLS
         self.protocol = self.target.protocol
         self.lmtp = self.protocol == "lmtp"
         self.fixed = _fixed(self.target)
         self.local = bool(self.target.path) or (bool(self.fixed) and ipaddress.ip_address(self.target.host).is_loopback)
         self.active = 0
-        self.idle: deque[Connection] = deque()
+        self.idle = Idle()
+        self.drained = False
+        self.up: Count | None = None
         self.failures = 0
         self.ejected_until = float("-inf")
         self.resting_until = float("-inf")
+        self.ejection_told = False
+        self.told_at = float("-inf")
         self.down = False
+        self.changed: float | None = None
+        self.latency: float | None = None
         self.last_error = ""
         self.ehlo: Ehlo | None = None
         self.share = 0.0
@@ -140,7 +184,19 @@ class Server:
 
     def available(self, now: float) -> bool:
         """Whether sessions may go there now (it may still be busy)."""
-        return not self.down and self.ejected_until <= now and self.resting_until <= now
+        return self.in_service and not self.down and self.ejected_until <= now and self.resting_until <= now
+
+    @property
+    def in_service(self) -> bool:
+        """The administrator lets new sessions go there."""
+        return not self.drained and self.weight > 0
+
+    def close_idle(self, keep: int = 0) -> None:
+        """End connections kept for reuse, those first that were used longest ago, but for `keep` of them."""
+        while len(self.idle) > keep:
+            connection = self.idle.popleft()
+            connection.stop_waiting()
+            connection.end_quietly()
 
     async def addresses(self) -> list[Address]:
         """Where to connect, in order of preference.
@@ -154,13 +210,25 @@ class Server:
         age = loop.time() - self._fresh_until
         if age < 0:
             return self._addresses
-        lookup = self._lookup
-        if lookup is None:
-            lookup = self._lookup = loop.create_task(self._resolve(loop))
-            lookup.add_done_callback(self._looked_up)
+        lookup = self._look_up(loop)
         if self._addresses and age < STALE_SECONDS:
             return self._addresses
         return await asyncio.shield(lookup)
+
+    def known_addresses(self) -> list[Address]:
+        """The addresses of the last look-up, without waiting; one that is due begins."""
+        if self.fixed:
+            return self.fixed
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._fresh_until:
+            self._look_up(loop)
+        return self._addresses
+
+    def _look_up(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[list[Address]]:
+        if self._lookup is None:
+            self._lookup = loop.create_task(self._resolve(loop))
+            self._lookup.add_done_callback(self._looked_up)
+        return self._lookup
 
     async def _resolve(self, loop: asyncio.AbstractEventLoop) -> list[Address]:
         try:

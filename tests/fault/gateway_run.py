@@ -66,6 +66,7 @@ async def started(
     process = await asyncio.create_subprocess_exec(
         *GATEWAY,
         "run",
+        "--no-supervisor",
         *options,
         str(file),
         cwd=folder,

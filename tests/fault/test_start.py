@@ -135,7 +135,7 @@ def with_broken(self):
     self.add("broken", Broken)
 Registry.__init__ = with_broken
 from gateway.cli import main
-sys.argv = ["gateway", "run", "pipeline.yaml"]
+sys.argv = ["gateway", "run", "--no-supervisor", "pipeline.yaml"]
 main()
 """
     port = free_port()

@@ -71,7 +71,8 @@ class GatewayProcess(Process):
     def _command(self) -> list[str]:
         gateway = str(Path(sys.executable).with_name("gateway"))
         # A test run that is killed takes the gateway along, or its fixed ports would stay in use.
-        command = [require("setpriv"), "--pdeathsig", "TERM", "env", "-C", str(self.folder), gateway, "run", self._file]
+        command = [require("setpriv"), "--pdeathsig", "TERM", "env", "-C", str(self.folder), gateway, "run",
+                   "--no-supervisor", self._file]  # fmt: skip
         if self._name_server:
             require_root()
             resolv_conf = self.folder / "resolv.conf"

@@ -77,6 +77,7 @@ class ImportedGateway(Process):
             str(self.folder),
             GATEWAY,
             "run",
+            "--no-supervisor",
             "mail.yaml",
         ]
         self.launch([*command, "--pid-file", str(self.pid_file)], self.pid_file.exists)

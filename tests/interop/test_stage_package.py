@@ -77,7 +77,7 @@ async def serving(environment: dict[str, str], folder: Path, begin: str, end: st
     port = free_port()
     own = {"QUIET_LISTEN": f"127.0.0.1:{port}", "QUIET_FROM": begin, "QUIET_TO": end, "QUIET_MAIL": f"{folder}/mail"}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", "run", "quiet.yaml",
+        sys.executable, "-m", "gateway", "run", "--no-supervisor", "quiet.yaml",
         env={**environment, **own}, cwd=PACKAGE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None

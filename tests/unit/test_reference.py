@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
-from gateway.config import models
+from gateway.config import models, process
 from gateway.limits import Limits
 from gateway.pipeline.reference import settings_rows
 from gateway.pipeline.registry import Registry
-from scripts import reference
+from scripts import metrics_reference, reference
 
 
 @pytest.mark.parametrize("name", reference.PAGES)
 def test_what_is_committed_is_current(name: str) -> None:
     written = (reference.FOLDER / name).read_text()
     assert written == reference.PAGES[name](), "run `make docs`"
+
+
+def test_the_metrics_that_are_committed_are_current() -> None:
+    assert metrics_reference.PAGE.read_text() == metrics_reference.metrics(), "run `make docs`"
 
 
 def test_nothing_else_is_there() -> None:
@@ -43,5 +47,5 @@ def test_keys_of_a_pipeline_are_described(model: type[BaseModel]) -> None:
 
 
 def test_every_model_of_a_pipeline_has_a_section() -> None:
-    found = {model.__name__ for top in (models.Pipeline, models.Process) for model in reference.nested(top)}
+    found = {model.__name__ for top in (models.Pipeline, process.Process) for model in reference.nested(top)}
     assert found <= {model.__name__ for _, _, model in reference.SECTIONS}

@@ -67,7 +67,7 @@ def test_what_is_wrong_before_the_start(gateway: Command, write: Write, keys: di
 
 def served(folder: Path, ports: list[int], *files: str) -> list[str]:
     """Serve until each port was greeted and left: what came on standard error."""
-    command = [sys.executable, "-m", "gateway", "run", *files]
+    command = [sys.executable, "-m", "gateway", "run", "--no-supervisor", *files]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         written = []
@@ -158,7 +158,7 @@ def test_the_pid_file_stands_while_it_serves(write: Write, tmp_path: Path) -> No
     ports = free_port(), free_port()
     one, two = (write(f"{port}.yaml", listen=f"[smtp://127.0.0.1:{port}]").read_text() for port in ports)
     (tmp_path / "both.yaml").write_text(f"{one}---\n{two}")
-    command = [sys.executable, "-m", "gateway", "run", "--pid-file", "gw.pid", "both.yaml"]
+    command = [sys.executable, "-m", "gateway", "run", "--no-supervisor", "--pid-file", "gw.pid", "both.yaml"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stderr is not None
         assert "gateway: ready\n" in iter(process.stderr.readline, "")
@@ -180,7 +180,7 @@ def test_it_serves_and_stops(write: Write, tmp_path: Path, loop: str) -> None:
         upstreams="{mta: {servers: [smtp://127.0.0.1:1], capabilities: {assume: [SIZE 1000]}}}",
         process="{log: {debug_clients: [127.0.0.1]}}",
     )
-    command = [sys.executable, "-m", "gateway", "run", "--loop", loop, "one.yaml"]
+    command = [sys.executable, "-m", "gateway", "run", "--no-supervisor", "--loop", loop, "one.yaml"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stderr is not None
         written = []

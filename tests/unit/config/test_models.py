@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from gateway.config.addresses import ListenUrl, Resolver, ServerUrl
 from gateway.config.log_settings import Log
-from gateway.config.models import Mode, Pipeline, Pool, Process, Reuse, StageEntry, own_hostname, split_entry
+from gateway.config.models import Mode, Pipeline, Pool, Reuse, StageEntry, own_hostname, split_entry
+from gateway.config.process import Process
 from gateway.values import NotA
 
 LEAST: dict[str, object] = {
@@ -41,7 +42,7 @@ def test_defaults() -> None:
     assert (mta.balance, mta.max_connections, mta.queue, mta.queue_timeout) == ("round_robin", 80, 100, 10.0)
     assert (mta.tls, mta.verify, mta.reuse) == ("opportunistic", True, None)
     process = Process()
-    assert (process.workers, process.store, process.drain) == (1, "memory", 30.0)
+    assert (process.workers, process.store, process.drain) == (1, None, 30.0)
 
 
 def test_spellings() -> None:
@@ -142,4 +143,6 @@ def test_json_schema() -> None:
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"listen", "stages"}
     process = Process.model_json_schema()
-    assert set(process["properties"]) == {"workers", "store", "log", "drain", "state_directory"}
+    assert set(process["properties"]) == {
+        "workers", "user", "group", "store", "admin", "metrics", "traces", "log", "drain", "state_directory"
+    }  # fmt: skip

@@ -56,6 +56,7 @@ SETTINGS: dict[str, list[object]] = {
         {"url": "http://127.0.0.1:<port>/auth", "none": True, "per": "recipient", "methods": []},
     ],
     "auth_relay": [None, {"mechanisms": ["PLAIN"], "required": False}],
+    "ban": [None, "3/1m", {"limit": "1/1m", "per": "network", "weights": {"policy": 9}, "refuse": "reject"}],
     "connection_limit": [3, {"per_network": 2, "per_pipeline": 5}],
     "greeting_delay": ["1s", {"seconds": "5s", "early": "observe"}],
     "headers": [

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from gateway import Cause, Refuse, Session
+from gateway.state.lmdb_files import FileLock
+from gateway.state.lmdb_store import LmdbStore
 from gateway.state.memory import MemoryStore
+from gateway.state.settings import StoreSettings
 from gateway.state.store import ImmediateStore, Lease
 from gateway.testing.stages import FakeClock, FakeWorker, ask, build, make_session
 from stages.connection_limit import ConnectionLimit
@@ -101,6 +107,38 @@ async def test_a_store_that_fails_half_way_leaks_nothing() -> None:
     stage.close(session)
     store.lost = ""
     await taken(stage, "192.0.2.1", 1)
+
+
+async def test_a_place_counted_after_the_time_out_is_given_back(tmp_path: Path) -> None:
+    """Cancelled at any moment while another process has the store's lock, the stage keeps nothing."""
+    store = LmdbStore(StoreSettings("lmdb", tmp_path / "store"))
+    await store.open()
+    lock = FileLock(tmp_path / "store" / "lock")
+    stage = build(ConnectionLimit, {"per_client": 1, "per_network": 1, "per_pipeline": 1})
+    await stage.start(FakeWorker(store=store))
+    for turns in range(12):
+        assert lock.take()
+        session = make_session(address="192.0.2.1")
+        asked = asyncio.ensure_future(ask(stage.connect(session)))
+        await asyncio.sleep(0)
+        lock.give()
+        assert store._pump_timer is not None
+        store._pump_timer.cancel()
+        store._pump()  # counted; now the time-out comes, sooner or later
+        for _ in range(turns % 4):
+            await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.wait([asked])
+        stage.close(session)
+        await taken_and_given(stage)
+    assert await store.entries("") == []
+    lock.close()
+    await store.close()
+
+
+async def taken_and_given(stage: ConnectionLimit) -> None:
+    [session] = await taken(stage, "192.0.2.1", 1)
+    stage.close(session)
 
 
 async def test_exempt_clients_and_pipelines_are_counted_apart(worker: FakeWorker) -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
 
+from gateway.observe import metrics
+from gateway.observe.counters import CounterMap
+from gateway.protocol.smtp import Ehlo
 from gateway.session import Session
-from gateway.upstream.pool import Pool, PoolDown, PoolSettings
+from gateway.upstream.pool import News, Pool, PoolDown, PoolSettings
 from gateway.upstream.probe import Health, learn, probe_server
 from gateway.upstream.server import Server
 from gateway.upstream.smtp import UpstreamError, quits_done
@@ -19,6 +23,13 @@ QUIT = "\nC: QUIT\nS: 221 bye"
 GOOD = "S: 220 mx.example\n" + EHLO + QUIT
 DEAD = "close"
 Peers = Callable[..., Awaitable[Any]]
+
+
+@pytest.fixture(autouse=True)
+def a_row_of_its_own() -> Iterator[None]:
+    metrics.bind(CounterMap.private().row(0), None)
+    yield
+    metrics.bind(CounterMap.private().row(0), None)
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +114,7 @@ async def test_health_takes_out_and_brings_back(peers: Peers, new_session: Calla
     peer = await peers(DEAD, DEAD, DEAD, DEAD, DEAD, GOOD, "S: 421 busy\nhang", GOOD, DEAD, GOOD)
     pool = Pool("mta", PoolSettings(servers=((peer.url, 1),)))
     (server,) = pool.servers
+    pool.learned(server, Ehlo("mx", {"SIZE": "10"}))
     steps = Steps()
     health = Health(pool, hostname="gw.example", interval=30, sleep=steps.sleep)
     health.start()
@@ -169,3 +181,99 @@ async def test_stop_ends_probes_under_way(peers: Peers) -> None:
     await peer.arrived.wait()
     await health.stop()
     await asyncio.wait_for(peer.gone.wait(), 5)
+
+
+async def test_while_nothing_is_known_servers_are_asked_every_second(peers: Peers) -> None:
+    peer = await peers(DEAD, DEAD, DEAD, DEAD, GOOD)
+    pool = Pool("mta", PoolSettings(servers=((peer.url, 1),)))
+    steps = Steps()
+    health = Health(pool, hostname="gw.example", interval=30, sleep=steps.sleep)
+    health.start()
+    try:
+        assert [await steps.step() for _ in range(4)] == [about(1)] * 4
+        assert pool.profile() is None
+        assert [await steps.step(), await steps.step()] == [about(1), about(30)]
+        assert pool.profile() == {"SIZE": "1000"}
+    finally:
+        await health.stop()
+
+
+async def test_who_was_not_well_at_the_start_is_asked_again_soon(peers: Peers) -> None:
+    good, bad = await peers(GOOD), await peers(DEAD)
+    pool = Pool("mta", PoolSettings(servers=((bad.url, 1), (good.url, 1))))
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.Event().wait()
+
+    health = Health(pool, hostname="gw.example", interval=30, sleep=sleep)
+    assert await learn(health, 5.0)
+    health.start()
+    await asyncio.sleep(0)
+    assert pauses == [about(1), about(30)]
+    await health.stop()
+
+
+async def test_one_worker_probes_and_all_see(peers: Peers) -> None:
+    """The other one takes over later. Only who probes says in the metrics what is up."""
+    block = CounterMap.create(2)
+    peer = await peers(DEAD, DEAD, DEAD, GOOD, GOOD, DEAD, DEAD, DEAD)
+    settings = PoolSettings(servers=((peer.url, 1),))
+    workers = []
+    for row in range(2):
+        metrics.bind(block.row(row), block)
+        pool = Pool("mta", settings)
+        steps = Steps()
+        workers.append((pool, steps, Health(pool, hostname="gw.example", interval=30, sleep=steps.sleep)))
+    (prober, steps, health), (other, later, idle) = workers
+    news: list[object] = []
+
+    def tell(message: News) -> None:
+        news.append(message)
+        other.apply(json.loads(json.dumps(message)))
+
+    prober.news = tell
+
+    def up(row: int) -> int:
+        found = block.row(row).find(f'gateway_upstream_up{{pipeline="",pool="mta",server="{peer.url}"}}')
+        return 0 if found is None else found.value
+
+    try:
+        metrics.bind(block.row(0), block)
+        health.start(True)
+        idle.start(False)
+        assert (up(0), up(1)) == (1, 0)
+        for _ in range(3):
+            await steps.step()
+        assert other.servers[0].down and other.describe()["servers"][0]["state"] == "down"  # type: ignore
+        assert other.servers[0].last_error and up(0) == 0
+        for _ in range(2):
+            await steps.step()
+        assert not other.servers[0].down and other.profile() == {"SIZE": "1000"}
+        assert other.servers[0].latency is not None and up(0) == 1 and len(news) == 5
+        checks = f'gateway_upstream_checks_total{{pipeline="",pool="mta",server="{peer.url}",result='
+        assert [block.total(checks + end) for end in ('"ok"}', '"failed"}')] == [2, 3]
+
+        await health.stop()
+        assert up(0) == 0
+        metrics.bind(block.row(1), block)
+        idle.start(True)
+        assert up(1) == 1
+        for _ in range(3):
+            await later.step()
+        assert other.servers[0].down and up(1) == 0
+        idle.start(False)
+        assert not other.probing
+    finally:
+        await health.stop()
+        await idle.stop()
+
+
+async def test_a_worker_that_does_not_probe_leaves_it_to_the_other_whether_a_server_is_down(peers: Peers) -> None:
+    pool = Pool("mta", PoolSettings(servers=(((await peers(GOOD)).url, 1),)))
+    pool.apply({"kind": "check", "url": pool.servers[0].url, "down": True, "error": "no route", "seconds": 0.1})
+    health = Health(pool, hostname="gw.example")
+    assert await learn(health, 5.0)
+    assert pool.servers[0].down and pool.profile() == {"SIZE": "1000"}
+    await health.stop()

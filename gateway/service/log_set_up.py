@@ -1,23 +1,19 @@
-"""Logs for `gateway run`: the sinks that the files ask for, the secrets that no sink shows, the first warnings."""
+"""Logs of the service: the sinks that the files ask for, the secrets that no sink shows, the first warnings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from gateway.cli.loading import fail
-
-if TYPE_CHECKING:
-    from gateway.config.load import Loaded
-    from gateway.config.log_settings import LogSinks
-    from gateway.observe.sinks import Sink
-    from gateway.pipeline.plan import Plan
+from gateway.config.load import Loaded
+from gateway.config.log_settings import LogSinks
+from gateway.observe import logs
+from gateway.observe.sinks import Sink
+from gateway.pipeline.plan import Plan
+from gateway.service.listening import StartError
 
 
 def set_up(compiled: Sequence[Plan], loaded: Loaded) -> None:
-    """Open every sink; ends the process with status 2 where one cannot be opened."""
-    from gateway.observe import logs
-
+    """Open every sink. Raises StartError where one cannot be opened."""
     for _, document in loaded.pipelines:
         for secret in document.secrets:
             logs.register_secret(secret)
@@ -59,14 +55,12 @@ def _open(log: LogSinks) -> list[Sink]:
     except OSError as error:
         what = error.filename or log.file
         kind = "syslog" if str(what).startswith("udp:") else "log file"
-        fail(f"gateway: {kind} {what}: {error.strerror or error}")
+        raise StartError(f"{kind} {what}: {error.strerror or error}") from None
 
 
 def _warn(compiled: Sequence[Plan]) -> None:
     """What `gateway check` warns of stands in the log too: not everybody checks first."""
-    from gateway.observe.logs import get_logger
-
-    log = get_logger("gateway.run")
+    log = logs.get_logger("gateway.run")
     for plan in compiled:
         for text in plan.warnings:
             log.warning("warning", pipeline=plan.name, text=text)

@@ -1,0 +1,1 @@
+"""Seeing and steering the service: the admin API, the metrics listener, and where `gateway ctl` finds them."""
