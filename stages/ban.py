@@ -37,7 +37,7 @@ for the other exceptions. When a ban is removed, the next one is still a step lo
 
 Costs two look-ups a session (IPv6: three), without waiting where the store is this process's memory. When a shared
 store does not answer, `on_error` decides (421 unless it says otherwise); failures are counted behind the session's back
-and, where the store does not answer, are not, which is logged.
+and, where the store does not answer, are not, which is logged when it begins.
 
     stages:
       - ban: {limit: 20/10m, times: [10m, 1h, 1d], exempt: [10.0.0.0/8]}
@@ -158,6 +158,7 @@ class Ban(Stage):
         self._windows = (Window(settings.limit.limit, settings.limit.period),)
         self._exempt = NetworkTable.of(settings.exempt)
         self._noting: set[asyncio.Task[None]] = set()
+        self._lost = False  # the last of them was, and that is in the log
 
     async def start(self, worker: Worker) -> None:
         """Keep the worker, for its store."""
@@ -291,7 +292,11 @@ class Ban(Stage):
         try:
             await work
         except Exception as error:
-            self._worker.log.warning("not_counted", stage=self.id, count="failures and logins", error=str(error))
+            if not self._lost:
+                self._worker.log.warning("not_counted", stage=self.id, count="failures and logins", error=str(error))
+            self._lost = True
+        else:
+            self._lost = False
 
     # -- names in the store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Annotated, Literal, Self
 
@@ -12,6 +13,9 @@ from gateway.config.log_settings import Log
 from gateway.values import KIND, Duration, ExistingFile, NotA, PathValue, Secret, Size, parse_percent, shown
 
 _REDIS = re.compile(r"(?:rediss?|redis\+sentinel|rediss\+sentinel|redis\+cluster|rediss\+cluster|unix)://\S+")
+_OTLP = re.compile(r"https?://[^\s/?#@]+((?:/[^\s?#]*)?)")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_TEXT = re.compile(r"[!-~](?:[ -~]*[!-~])?|")
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+|\*):(\d{1,5})")
 
 
@@ -147,17 +151,51 @@ def _ratio(value: object) -> float:
     return parse_percent(value) / 100
 
 
+def _otlp_url(value: object) -> str:
+    """Where the collector takes spans; /v1/traces where no path is written (OTLP 1.x, "OTLP/HTTP Request")."""
+    found = _OTLP.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        kind, example = "an OTLP address", "http://127.0.0.1:4318/v1/traces, and secrets into `headers`"
+        raise NotA(kind, example, f"not {kind}")
+    return found[0] if found[1] not in ("", "/") else found[0].removesuffix("/") + "/v1/traces"
+
+
+def _headers(value: object) -> object:
+    """Fit for HTTP (RFC 9110 5.1, 5.5), so that the first batch need not fail to say so."""
+    if isinstance(value, dict):
+        for name, text in value.items():
+            if not _HEADER_NAME.fullmatch(str(name)):
+                raise NotA("a header", "authorization", f"{shown(name)} is no name of a header")
+            if isinstance(text, str) and not _HEADER_TEXT.fullmatch(text):
+                raise NotA("a header", "it in ASCII on one line", f"the value of {name} does not fit into a header")
+    return value
+
+
 class Traces(Model):
     """OpenTelemetry: a span a session, its stages as children. Needs the extra `otel`."""
 
-    endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] = Field(
-        description="OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces."
-    )
+    endpoint: Annotated[
+        str, PlainValidator(_otlp_url), WithJsonSchema({"type": "string", "pattern": "^https?://", KIND: "OTLP URL"})
+    ] = Field(description="OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; that path by default.")
     sample: Annotated[
         float, PlainValidator(_ratio), WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)?%$", KIND: "share"})
     ] = Field(0.01, description="Share of the sessions.", json_schema_extra={"default": "1%"})
-    headers: dict[str, Secret] = Field({}, description="For the collector, such as an authorization.")
+    headers: Annotated[dict[str, Secret], BeforeValidator(_headers)] = Field(
+        {}, description="For the collector, such as an authorization."
+    )
     service_name: str = Field("gateway", min_length=1, description="`service.name` of the spans.")
+
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        try:
+            found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
+        except ModuleNotFoundError:
+            found = None
+        if found is None or importlib.util.find_spec("opentelemetry.sdk") is None:
+            findings = Findings()
+            findings.add((), None, "OpenTelemetry is not installed", "pip install 'mail-gateway[otel]'")
+            findings.report(self)
+        return self
 
 
 Account = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]

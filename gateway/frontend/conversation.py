@@ -17,8 +17,10 @@ import structlog
 from gateway.facts import Phase
 from gateway.frontend import proxy_in, routing
 from gateway.frontend.closing import Closing
+from gateway.frontend.counts import ENDS
 from gateway.frontend.served import HandOff, Served
 from gateway.observe import logs
+from gateway.observe.traces import TracedSession
 from gateway.observe.transcript import Transcript
 from gateway.protocol.smtp import NON_SMTP_TLS, Reply
 from gateway.relay.splice import Splice, SpliceResult
@@ -87,8 +89,12 @@ class Conversation(ABC):
         self.drain_clock: asyncio.TimerHandle | None = None
 
     def _new_session(self, listener: Listener) -> Session:
+        """The session; whether it is traced is decided here, once."""
         served = self.served
-        session = Session(
+        kind: type[Session] = Session
+        if served.traces is not None and served.traced_chain is not None and served.traces.sampled():
+            kind, self.chain = TracedSession, served.traced_chain
+        session = kind(
             served.new_id(), served.name, listener, self.wire.peername, self.wire.sockname, perf_counter()
         )
         session.hostname = served.hostname
@@ -198,6 +204,13 @@ class Conversation(ABC):
             if self.drain_clock is not None:
                 self.drain_clock.cancel()
             await self._finish()
+
+    def turn_away(self, refuse: Refuse) -> None:
+        """Instead of `run`: a last word and the end, at once. Who expects TLS first gets no word."""
+        self.served.counts.refused(refuse, "connect")
+        if not self.session.listener.implicit_tls:
+            self.wire.write(self.farewell(refuse))
+        self.wire.close(self.limits.linger)
 
     async def _serve(self) -> None:
         session = self.session
@@ -587,6 +600,8 @@ class Conversation(ABC):
         session, carried, mail = self.session, self.carried, self.replies.family == "smtp"
         reason = f"{self.reason}: {carried.reason}" if carried is not None else self.reason
         self.served.counts.ended(session, reason)
+        if self.served.traces is not None:
+            self.served.traces.ended(session, ENDS.get(reason) or ENDS.get(reason.partition(":")[0], "refused"))
         log.info(
             "session",
             session=session.id,

@@ -17,6 +17,7 @@ from gateway.upstream.prelude import ErrorMessages
 from gateway.verdicts import Cause
 
 if TYPE_CHECKING:
+    from gateway.observe.spans import Traces
     from gateway.pipeline.chain import Chain
 
 FAMILY = {"smtp": ("smtp", "lmtp"), "lmtp": ("smtp", "lmtp"), "imap": ("imap",), "pop3": ("pop3",)}
@@ -64,6 +65,7 @@ class Served:
     `pass_error_message`: when clients read the
     upstream's own words. `hand_off_at_login`: who logged in is handed off, though others are read further.
     `always_hand_off` hands off even to an upstream that offers XCLIENT and the like (`handoff: always`).
+    `traces` and the chain of sampled sessions, `traced_chain`: both or neither.
     """
 
     name: str
@@ -98,6 +100,8 @@ class Served:
     always_hand_off: bool = False
     max_received: int = 0
     end_of_data: float = 240.0
+    traces: Traces | None = None
+    traced_chain: Chain | None = None
     draining: bool = False
     sessions: int = 0
     counts: Counts = field(init=False)

@@ -80,16 +80,20 @@ def _head(path: Path, main: Main, findings: Findings) -> str:
     return "".join(f"{line}\n" for text in texts for line in comment(text))
 
 
-_ELSEWHERE = {
-    "user": "start the gateway as this user; for ports below 1024 give it CAP_NET_BIND_SERVICE",
-    "pid": "gateway run --pid-file PATH",
-    "worker_processes": "one process serves all connections in this version",
-}
+_ELSEWHERE = {"pid": "gateway run --pid-file PATH"}
+MOST_WORKERS = 64
 
 
 def _process(main: Main) -> str:
-    directive = main.one("worker_shutdown_timeout")
-    if directive is None:
-        return ""
-    drain = format_duration(values.seconds(directive.arguments[0]))
-    return document(Map().put("process", Map().put("drain", drain, str(directive))))
+    settings = Map()
+    if (user := main.one("user")) is not None:
+        settings.put("user", user.arguments[0], str(user))
+        if len(user.arguments) > 1:
+            settings.put("group", user.arguments[1])
+    if (workers := main.one("worker_processes")) is not None:
+        word = workers.arguments[0]
+        number = min(int(word), MOST_WORKERS) if word.isdecimal() else "auto"
+        settings.put("workers", number, str(workers))
+    if (timeout := main.one("worker_shutdown_timeout")) is not None:
+        settings.put("drain", format_duration(values.seconds(timeout.arguments[0])), str(timeout))
+    return document(Map().put("process", settings)) if settings else ""

@@ -72,7 +72,7 @@ def positive_size(server: Server, name: str) -> int:
 
 
 def _sessions(main: Main) -> tuple[int, str]:
-    """All that nginx's workers could hold, two connections a session; never less than the gateway's own default."""
+    """What one of nginx's workers could hold, two connections a session; never less than the gateway's own default."""
     found = [
         directive
         for events in main.directives
@@ -80,11 +80,10 @@ def _sessions(main: Main) -> tuple[int, str]:
         for directive in events.inside("worker_connections")
     ]
     connections = _number(found[-1] if found else None, 512)
-    workers = _number(main.one("worker_processes"), 1)
-    allowed = connections * max(workers, 1) // 2
+    allowed = connections // 2
     if allowed <= SESSIONS:
         return SESSIONS, f"{found[-1]} allows fewer" if found else ""
-    return allowed, f"{found[-1]} two a session, in each worker" if found else ""
+    return allowed, f"{found[-1]} two a session" if found else ""
 
 
 def _number(directive: Directive | None, default: int) -> int:

@@ -178,7 +178,7 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         "upstream {server} failed",
     ),
     "stage_failure": RecordSpec(
-        "A stage raised an error or took too long.",
+        "A stage raised an error or took too long. Of a store that is away only the first: see store_down.",
         {
             "session": "Id of the session.",
             "stage": "Id of the stage.",
@@ -274,6 +274,16 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         {"store": "Its folder.", "error": "The error."},
         "the lmdb store could not be copied to disk",
     ),
+    "descriptors_short": RecordSpec(
+        "New clients are refused with 421: the rest of the descriptors is for the sessions there are. At most every "
+        "10 seconds, by each worker; raise LimitNOFILE (systemd) or `ulimit -Hn`.",
+        {
+            "limit": "Descriptors that the process may open (RLIMIT_NOFILE).",
+            "reserve": "How many of them new clients do not get.",
+            "refused": "Clients refused since the last such record.",
+        },
+        "descriptors run short: new clients are refused",
+    ),
     "worker_died": RecordSpec(
         "A worker (or the process of the admin API) ended although nobody told it to; it is replaced.",
         {
@@ -348,6 +358,12 @@ RECORDS: Final[dict[str, RecordSpec]] = {
         },
         "{line}",
     ),
+    "traces_failed": RecordSpec(
+        "Spans for OpenTelemetry could not be sent and are lost; said once, until traces_resumed.",
+        {"error": "The first error."},
+        "traces cannot be sent",
+    ),
+    "traces_resumed": RecordSpec("Spans for OpenTelemetry are sent again.", {}, "traces are sent again"),
     "warning": RecordSpec(
         "Something an operator should mend, at load or while running.",
         {"pipeline": "Name of the pipeline.", "text": "What is wrong, and what would mend it."},

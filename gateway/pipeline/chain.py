@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import CoroutineType
 from typing import Literal, assert_never
@@ -19,12 +19,14 @@ import structlog
 
 from gateway import hookspecs
 from gateway.facts import EvaluationError, Expression, Phase, Scope
-from gateway.pipeline.meter import Meter
+from gateway.observe.traces import TracedSession
+from gateway.pipeline.meter import Meter, RecordingMeter
 from gateway.protocol.smtp import format_mail, format_rcpt
 from gateway.replies import smtp_reply
 from gateway.session import Recipient, Session, Transaction
 from gateway.stage import Outcome, Stage, Timed
 from gateway.state.keys import network_key
+from gateway.state.store import is_logged
 from gateway.verdicts import (
     AddHeader,
     Allow,
@@ -161,16 +163,27 @@ class Chain:
         routes = steps.get(Phase.ROUTE, ())
         self.route_early = tuple(step for step in routes if route_phase(step.stage) < Phase.RCPT)
         self.route_rcpt = tuple(step for step in routes if route_phase(step.stage) >= Phase.RCPT)
-        self._steps = tuple(step for phase in steps.values() for step in phase)
+        self._steps = dict(steps)
 
     def measure(self, pipeline: str) -> None:
         """Count what its stages answer from now on, and let sessions remember it (`Session.trail`).
 
         Called in the worker, after `metrics.bind`.
         """
-        for step in self._steps:
-            for one in (*step.catch_up, step):
-                one.meter = Meter(pipeline, one.stage.id, one.phase.name.lower())
+        for steps in self._steps.values():
+            for step in steps:
+                for one in (*step.catch_up, step):
+                    one.meter = Meter(pipeline, one.stage.id, one.phase.name.lower())
+
+    def recording(self, pipeline: str) -> Chain:
+        """The same stages for sessions that are traced: when each was asked is written down as well.
+
+        A chain of its own, so that all other sessions do nothing for it. Called in the worker, after `metrics.bind`.
+        """
+        return Chain(
+            self.stages,
+            {phase: tuple(_recorded(step, pipeline) for step in steps) for phase, steps in self._steps.items()},
+        )
 
     async def ask(
         self,
@@ -296,14 +309,15 @@ class Chain:
                 step.meter.added(session, Exception, _enforced(step, session))
             else:
                 step.meter.answered(session, Exception, _enforced(step, session), seconds)
-        log.warning(
-            "stage_failure",
-            session=session.id,
-            stage=step.stage.id,
-            phase=step.phase.name.lower(),
-            error=reason(error),
-            action=step.on_error,
-        )
+        if not is_logged(error):  # while a store is away, its absence is in the log once, not once a session
+            log.warning(
+                "stage_failure",
+                session=session.id,
+                stage=step.stage.id,
+                phase=step.phase.name.lower(),
+                error=reason(error),
+                action=step.on_error,
+            )
         if step.phase is Phase.AUTH:
             result.failed = True
             return False
@@ -488,6 +502,23 @@ def route_phase(stage: Stage) -> Phase:
     """The phase in which a stage's `route` is asked: the stage's own word, or that of its rules' facts."""
     phase = getattr(stage, "route_phase", Phase.MAIL)
     return phase if isinstance(phase, Phase) else Phase.MAIL
+
+
+def _recorded(step: Step, pipeline: str) -> Step:
+    """The step as it is asked in sessions that are traced."""
+    call, stage = step.call, step.stage.id
+
+    def recorded(session: Session, subject: Subject) -> Verdict | Awaitable[Verdict | None] | None:
+        if isinstance(session, TracedSession):
+            session.trace.asked(stage)
+        return call(session, subject)
+
+    return replace(
+        step,
+        call=recorded,
+        catch_up=tuple(_recorded(missed, pipeline) for missed in step.catch_up),
+        meter=RecordingMeter(pipeline, stage, step.phase.name.lower()),
+    )
 
 
 def _skippable(session: Session, chain: Chain) -> bool:

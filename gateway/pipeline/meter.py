@@ -1,6 +1,7 @@
 """What stages answer and how long they take, counted: one `Meter` a step, made when a pipeline is prepared.
 
-The numbers are written in place, without a call each, because every stage of every command passes here.
+The numbers are written in place, without a call each, because every stage of every command passes here. Sessions that
+are traced have chains with a `RecordingMeter`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Final
 
 from gateway.observe import metrics
 from gateway.observe.metrics import METRICS
+from gateway.observe.traces import TracedSession
 from gateway.session import Seen, Session
 from gateway.verdicts import (
     Allow,
@@ -95,3 +97,24 @@ class Meter:
         if session.trail is None:
             session.trail = []
         session.trail.append(seen)
+
+
+class RecordingMeter(Meter):
+    """Counts in the same places, and writes down when the stage was asked if the session is traced."""
+
+    __slots__ = ()
+
+    def answered(self, session: Session, kind: type, enforced: bool, seconds: float) -> None:
+        """The stage gave an answer."""
+        super().answered(session, kind, enforced, seconds)
+        self._record(session, seconds)
+
+    def added(self, session: Session, kind: type, enforced: bool) -> None:
+        """One more answer."""
+        super().added(session, kind, enforced)
+        self._record(session, 0.0)
+
+    @staticmethod
+    def _record(session: Session, seconds: float) -> None:
+        if isinstance(session, TracedSession) and session.trail:
+            session.trace.answered(session.trail[-1], seconds, session.open_transaction)

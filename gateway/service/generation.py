@@ -37,7 +37,7 @@ from gateway.service.children import Children, Role, Running
 from gateway.service.heap import keep_heap
 from gateway.service.listening import StartError, spec
 from gateway.service.log_set_up import set_up
-from gateway.service.places import state_directory, store_settings
+from gateway.service.places import state_directory, store_settings, trace_settings
 
 log = get_logger("gateway.generation")
 
@@ -431,6 +431,7 @@ class Generation:
                 embedded=self.embedded,
                 probing=number == 0,
                 number=number,
+                traces=trace_settings(process),
             )
             for pipeline in worker.pipelines:
                 pipeline.take(self.sockets[pipeline.plan.name])

@@ -1,4 +1,4 @@
-"""Where the service keeps what outlives it, and which store its settings mean."""
+"""Where the service keeps what outlives it, and which store and which traces its settings mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gateway.config.process import Process
+from gateway.observe.traces import TraceSettings
 from gateway.state.settings import StoreKind, StoreSettings
 
 
@@ -38,3 +39,12 @@ def store_settings(process: Process, state: Path, default: StoreKind) -> StoreSe
     if store.lmdb is not None:
         return StoreSettings("lmdb", path=store.lmdb.path or state / "store", size=store.lmdb.size)
     return StoreSettings("memory")
+
+
+def trace_settings(process: Process) -> TraceSettings | None:
+    """Where spans go, if any are wanted."""
+    traces = process.traces
+    if traces is None:
+        return None
+    headers = {name: value.reveal() for name, value in traces.headers.items()}
+    return TraceSettings(traces.endpoint, traces.sample, headers, traces.service_name)

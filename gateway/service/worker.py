@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -27,9 +27,11 @@ from gateway.frontend.pop3 import Pop3Conversation
 from gateway.frontend.served import Served
 from gateway.frontend.smtp import SmtpConversation
 from gateway.observe import logs
+from gateway.observe.traces import TraceSettings
 from gateway.pipeline.plan import ListenerPlan, Plan
 from gateway.relay.spool import SpoolSpace
 from gateway.relay.wire import Wire
+from gateway.service.descriptors import DescriptorReserve
 from gateway.service.listening import StartError, bound, listen
 from gateway.session import Listener
 from gateway.sink.process import EmbeddedServer
@@ -42,6 +44,10 @@ from gateway.upstream.pool import Pool, Pools, PoolSettings
 from gateway.upstream.probe import Health, learn
 from gateway.upstream.profile import ProfileStore
 from gateway.upstream.smtp import quits_done
+from gateway.verdicts import Cause, Refuse
+
+if TYPE_CHECKING:
+    from gateway.observe.spans import Traces
 
 log = structlog.get_logger("gateway.worker")
 
@@ -119,6 +125,7 @@ class ServedPipeline:
         self.started: list[Stage] = []
         self.stage_worker: StageWorker | None = None
         self.served: Served | None = None
+        self._reserve: DescriptorReserve
         self._hurried = asyncio.Event()
 
     # -- start ----------------------------------------------------------------------------------------------
@@ -206,6 +213,12 @@ class ServedPipeline:
                 )
             )
 
+    def trace(self, traces: Traces) -> None:
+        """Send spans of some of its sessions there; after `prepare`."""
+        assert self.served is not None
+        self.served.traces = traces
+        self.served.traced_chain = self.plan.chain.recording(self.plan.name)
+
     def _settings(self, name: str, running: Mapping[str, str] | None) -> PoolSettings:
         """The pool's settings, with its embedded servers running and in place of their URLs."""
         settings = self.plan.pools[name]
@@ -234,6 +247,7 @@ class ServedPipeline:
     async def accept(self) -> None:
         """Open the doors."""
         loop = asyncio.get_running_loop()
+        self._reserve = DescriptorReserve(self.plan.name, loop.time)
         for plan, sock in self.sockets:
             encrypts = plan.implicit_tls or plan.starttls
             listener = Listener(
@@ -262,6 +276,9 @@ class ServedPipeline:
     def _connected(self, wire: Wire, listener: Listener) -> None:
         assert self.served is not None
         conversation = CONVERSATIONS[listener.protocol](wire, self.served, listener)
+        if self._reserve.refuses(wire.transport.get_extra_info("socket").fileno()):
+            conversation.turn_away(Refuse(Cause.TOO_MANY_CONNECTIONS, disconnect=True))
+            return
         self.served.sessions += 1
         task = asyncio.get_running_loop().create_task(conversation.run())
         self.conversations.add(conversation)
@@ -357,7 +374,7 @@ class Worker:
     """All pipelines of the process.
 
     `state` is the folder for what outlives it. `embedded` as in `ServedPipeline.prepare`. `probing`: this worker
-    watches the upstreams, for all.
+    watches the upstreams, for all. `traces`: where spans of sessions go.
     """
 
     def __init__(
@@ -369,6 +386,7 @@ class Worker:
         embedded: Mapping[str, str] | None = None,
         probing: bool = True,
         number: int = 0,
+        traces: TraceSettings | None = None,
     ) -> None:
         self.pipelines = [ServedPipeline(plan) for plan in plans]
         self.profiles = ProfileStore(state / "upstreams.json" if state is not None else None)
@@ -377,6 +395,8 @@ class Worker:
         self._store_settings = store
         self._embedded = embedded
         self._probing = probing
+        self._trace_settings = traces
+        self.traces: Traces | None = None
 
     async def open(self) -> None:
         """Bind, prepare, accept; on a failure everything is given back. Raises StartError."""
@@ -397,8 +417,14 @@ class Worker:
             self.store = await open_store(self._store_settings, clock=loop.time, owner=f"{os.getpid()}.{self.number}")
         except StoreError as error:
             raise StartError(f"process.store: {error}") from None
+        if self._trace_settings is not None:
+            from gateway.observe.spans import Traces  # needs an extra, and a quarter of a second
+
+            self.traces = Traces(self._trace_settings)
         for pipeline in self.pipelines:
             await pipeline.prepare(self.store, self.profiles, self._embedded)
+            if self.traces is not None:
+                pipeline.trace(self.traces)
         await asyncio.gather(*(pipeline.learn(self._probing) for pipeline in self.pipelines))
 
     async def accept(self) -> None:
@@ -424,6 +450,8 @@ class Worker:
         drained = await asyncio.gather(*(pipeline.stop(grace) for pipeline in self.pipelines))
         if self.store is not None:
             await self.store.close()
+        if self.traces is not None:
+            await self.traces.close()
         log.info(
             "stop",
             sessions=sum(one.sessions for one in drained),

@@ -19,6 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
+from gateway.service import privileges
 from gateway.sink.maildir import Maildir
 from gateway.sink.server import server_factory
 
@@ -66,6 +67,8 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, format="gateway.sink: %(message)s", level=logging.ERROR)
     os.umask(0o077)
+    if not privileges.is_root():
+        privileges.drop(None)  # as everything that reads mail
     try:
         asyncio.run(serve(options.maildir, options.listen, options.hostname, options.ready_fd))
     except OSError as error:

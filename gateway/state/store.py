@@ -41,12 +41,24 @@ MAX_VALUE: Final = 16_384
 class StoreError(Exception):
     """The store did not answer, or not in time. The stage's `on_error` decides what that means.
 
-    `reason` is the label of the failure's metric.
+    `reason` is the label of the failure's metric. `logged`: the log has it already that the store is away, so that
+    one more call that fails for it is no news.
     """
 
     def __init__(self, text: str, reason: Literal["timeout", "unreachable", "full", "other"] = "other") -> None:
         super().__init__(text)
         self.reason = reason
+        self.logged = False
+
+
+def is_logged(error: BaseException) -> bool:
+    """Whether an error comes of a store that the log has as away, be it that a stage's time-out ended the call."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StoreError):
+            return cause.logged
+        cause = cause.__cause__
+    return False
 
 
 class Window(NamedTuple):

@@ -72,11 +72,13 @@ class WatchedStore:
         except StoreError as error:
             self._failed(operation, error, begun)
             raise
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as given_up:
             waited = perf_counter() - begun
-            if waited >= GIVEN_UP:
-                self._failed(operation, StoreError(f"no answer for {waited:.1f} s", "timeout"), begun)
-            raise
+            if waited < GIVEN_UP:
+                raise
+            error = StoreError(f"no answer for {waited:.1f} s", "timeout")
+            self._failed(operation, error, begun)
+            raise given_up from error  # for `is_logged`
         finally:
             self._seconds[operation].observe(perf_counter() - begun)
         if self._down_since is not None and begun >= self._down_since:
@@ -86,6 +88,7 @@ class WatchedStore:
     def _failed(self, operation: _Operation, error: StoreError, begun: float) -> None:
         self._errors[operation, error.reason].add()
         self._failures += 1
+        error.logged = self._down_since is not None
         if self._down_since is None:
             self._down_since = begun
             self._is_up.set(0)

@@ -7,6 +7,7 @@ and `gateway probe` have in common.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gateway.upstream.server import Address, Server
 
 MOST_ADDRESSES = 4
+OUR_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # says nothing of the server
 CONNECTIONS: dict[str, type[Connection | ImapConnection | Pop3Connection]] = {
     "smtp": Connection, "lmtp": Connection, "imap": ImapConnection, "pop3": Pop3Connection,
 }  # fmt: skip
@@ -103,7 +105,8 @@ async def _connect(server: Server, settings: PoolSettings) -> Wire:
         except TimeoutError:
             failure = UpstreamError("timeout", server.url, f"no connection within {settings.connect_timeout:g}s")
         except OSError as error:
-            failure = UpstreamError("down", server.url, f"cannot connect: {error.strerror or error}")
+            kind: Literal["busy", "down"] = "busy" if error.errno in OUR_SHORTAGE else "down"
+            failure = UpstreamError(kind, server.url, f"cannot connect: {error.strerror or error}")
     raise failure
 
 

@@ -7,10 +7,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import aiohttp
 import yaml
 
 from tests.fault.client import Client
@@ -99,6 +100,33 @@ class Service:
         assert status == 0, said
         return json.loads(said)
 
+    async def api(self, path: str, method: str = "GET", **body: object) -> tuple[int, str]:
+        """The admin API on its unix socket: status and body of the answer."""
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.admin))) as session,
+            session.request(method, f"http://gateway{path}", json=body or None) as response,
+        ):
+            return response.status, await response.text()
+
+    async def metrics(self) -> dict[str, float]:
+        """All samples of /metrics."""
+        status, text = await self.api("/metrics")
+        assert status == 200, text
+        samples = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {sample: float(value) for sample, _, value in samples}
+
+    async def whole(self) -> list[int]:
+        """Process ids of the newest generation's workers by their numbers, once all of them run."""
+        async with asyncio.timeout(LIMIT):
+            while True:
+                found = await self.ask("status")
+                assert isinstance(found, dict)
+                info, stats = found["info"], found["stats"]
+                pids = [one["pid"] for one in info["workers"] if one["generation"] == info["generation"]]
+                said = {one["pid"] for one in stats["workers"]}
+                if all(pid in said for pid in pids):
+                    return pids
+
     def generations(self) -> list[int]:
         """Process ids of the generations that run."""
         return children(self.process.pid, "gateway.service.generation")
@@ -150,6 +178,19 @@ def write(folder: Path, port: int, pipeline: Mapping[str, object], **process: ob
     draft.write_text(yaml.safe_dump(document))
     draft.rename(path)
     return path
+
+
+@contextmanager
+def only(pid: int, workers: Sequence[int]) -> Iterator[None]:
+    """New connections land in this one of the workers: the others stand still, for less than they may."""
+    others = [other for other in workers if other != pid]
+    for other in others:
+        os.kill(other, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGCONT)
 
 
 @asynccontextmanager

@@ -121,13 +121,16 @@ def test_several_addresses_on_one_port(imported: Import) -> None:
 def test_the_main_level(imported: Import) -> None:
     result = imported(
         "user www-data; worker_processes 4; pid /run/x.pid; load_module m.so; worker_shutdown_timeout 1m;\n"
-        "lua_thing { x; } worker_rlimit_nofile 9; events { worker_connections 20000; }\n"
+        "lua_thing { x; } worker_rlimit_nofile 9; events { worker_connections 50000; }\n"
         "mail { auth_http a; server { listen 25; } server { listen 143; } server { listen 587; protocol smtp; } }"
     )
     assert result.errors == []
     text = result.imported.text
-    assert "# user www-data; -> " in text and "# pid /run/x.pid; -> gateway run --pid-file PATH" in text
-    assert [data.get("process") for data in result.data] == [{"drain": "1m"}, None, None, None]
-    assert [at(document, "limits.sessions") for document in result.documents] == [40000] * 3
+    assert "# pid /run/x.pid; -> gateway run --pid-file PATH" in text
+    process = {"user": "www-data", "workers": 4, "drain": "1m"}
+    assert [data.get("process") for data in result.data] == [process, None, None, None]
+    assert [at(document, "limits.sessions") for document in result.documents] == [25000] * 3
     assert [document["name"] for document in result.documents] == ["smtp-25", "imap-143", "smtp-587"]
     assert imported("mail { auth_http a; server { listen 25; } }").imported.process == ""
+    two = imported("user mail post; worker_processes auto; mail { auth_http a; server { listen 25; } }")
+    assert two.data[0]["process"] == {"user": "mail", "group": "post", "workers": "auto"}

@@ -37,6 +37,7 @@ from gateway import (
     verdicts,
 )
 from gateway.pipeline.chain import ANSWERS, Chain
+from gateway.state.store import StoreError
 from gateway.testing.gateway import compiled
 from gateway.testing.stages import FakeAttempt, make_recipient, make_session, make_transaction
 
@@ -55,6 +56,7 @@ SAYINGS: dict[str, object] = {
     "header": Edit([AddHeader("X-One", "1")]),
     "header 2": Edit([AddHeader("X-Two", "2")]),
     "raise": OSError("the helper is gone"),
+    "no store": StoreError("nobody there", "unreachable"),
     "nonsense": 42,
     "discard": Discard("spam"),
     "known": Authenticated("tim@example.org"),
@@ -474,6 +476,20 @@ async def test_a_failing_stage_has_the_verdict_of_its_configuration(
     assert shown == (expected.cause, expected.temporary, expected.disconnect)
     assert result.refuse.log.startswith("a in mail: ") and len(heard) == 1
     assert ("time-out" in result.refuse.log) == (said == "hang")
+
+
+@pytest.mark.parametrize("on_error", ["tempfail", "pass"])
+async def test_a_store_that_is_away_is_logged_once(tmp_path: Path, on_error: str) -> None:
+    """The decision is the same each time; a failure that the log has already is not said again."""
+    chain = chain_of(tmp_path, says("a", mail="no store", on_error_=on_error))
+    session = make_session()
+    transaction = make_transaction(session)
+    error = typing.cast(StoreError, SAYINGS["no store"])
+    with structlog.testing.capture_logs() as logs:
+        for error.logged in (False, True, True):
+            result = await chain.ask(chain.mail, session, transaction, transaction)
+            assert (result.refuse is None) == (on_error == "pass")
+    assert [entry["event"] for entry in logs] == ["stage_failure"]
 
 
 async def test_tempfail_is_the_default(tmp_path: Path) -> None:

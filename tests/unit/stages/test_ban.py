@@ -345,8 +345,10 @@ async def test_a_store_that_is_away_raises_where_on_error_can_decide_and_nowhere
     with pytest.raises(StoreError):
         await ask(stage.connect(make_session()))
     with structlog.testing.capture_logs() as logs:
-        await told(stage, make_session(), NO, YES)
-    assert [log["event"] for log in logs] == ["not_counted"] * 2
+        for away in (True, True, False, True):
+            store.away = away
+            await told(stage, make_session(), YES)
+    assert [log["event"] for log in logs] == ["not_counted"] * 2  # when it begins
     store.away = False
     assert not await refused(stage)
 

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from gateway.observe import metrics
 from gateway.state import watched
 from gateway.state.memory import MemoryStore
-from gateway.state.store import Entry, Hit, StoreError, Window
+from gateway.state.store import Entry, Hit, StoreError, Window, is_logged
 from gateway.state.watched import WatchedStore
 
 pytestmark = pytest.mark.anyio
@@ -85,3 +85,33 @@ async def test_a_call_that_was_given_up_is_a_failure(monkeypatch: pytest.MonkeyP
                 await call
             assert bool(log) is (given_up == 0.0)
     assert [record["event"] for record in log] == ["store_down"]
+
+
+async def test_only_the_first_failure_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a stage's time-out ends the call, which makes another error of it, and through `gather`."""
+
+    class Hangs(Away):
+        async def get(self, key: str) -> bytes | None:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(watched, "GIVEN_UP", 0.0)
+    inner = Hangs(lambda: 600.0)
+    store = WatchedStore(inner, "redis")
+
+    async def outcome(number: int) -> bool:
+        inner.away = number != 3
+        try:
+            async with asyncio.timeout(0.001):
+                if number in (0, 3, 4):
+                    await store.hit("a", [Window(100, 60)])
+                elif number == 1:
+                    await store.get("a")
+                else:
+                    await asyncio.gather(store.get("a"), store.get("b"))
+        except (StoreError, TimeoutError) as error:
+            return is_logged(error)
+        assert number == 3
+        return True
+
+    assert [await outcome(number) for number in range(5)] == [False, True, True, True, False]
+    assert not is_logged(TimeoutError()) and not is_logged(StoreError("by somebody else"))
