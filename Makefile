@@ -10,7 +10,7 @@ PEERS := postfix postfix-pcre dovecot-core swaks curl openssl nginx libnginx-mod
          systemd iproute2 rspamd opendkim opendkim-tools miltertest dovecot-lmtpd dovecot-imapd dovecot-pop3d \
          fetchmail isync libmilter-dev python3-dev gcc libc6-dev
 
-.PHONY: run test test-fast check peers bench docs lock clean
+.PHONY: run test test-fast check peers bench soak docs lock clean
 
 run: $(STAMP) var/tls/development.crt
 	@$(PYTHON) scripts/welcome.py
@@ -50,6 +50,9 @@ $(MILTER): requirements-milter.lock $(STAMP)
 
 bench: $(STAMP) peers
 	$(BIN)/python -m bench
+
+soak: $(STAMP) peers
+	$(BIN)/python -m bench --soak
 
 docs: $(STAMP)
 	$(BIN)/python scripts/reference.py

@@ -1,7 +1,7 @@
-"""`python -m bench [--quick] [--content] [--stores]`: run every job, or a section, and write docs/performance.md.
+"""`python -m bench [--quick] [--content] [--stores] [--scaling]`: run jobs and write docs/performance.md.
 
-What is measured and how is said in the report; `--content` and `--stores` run one section and leave the others as they
-are.
+All of them, or one section, which leaves the others as they are. What is measured and how is said in the report.
+`--soak [--minutes N] [--kill]` loads a service for long instead, and writes to docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from bench import clients, content, stores
+from bench import clients, content, scaling, soak, soak_report, stores
 from bench.measured import Measured, job, machine
 from bench.peers import Process, start_auth, start_gateway, start_nginx, start_sink
 from scripts.development_certificate import write
 
 IDLE = 5000
 REPORT = Path("docs/performance.md")
+RELIABILITY = Path("docs/reliability.md")
 
 
 def idle_memory(process: Process, port: int, tls: bool, count: int) -> float:
@@ -39,6 +40,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds, no report")
     parser.add_argument("--content", action="store_true", help="only the content grade; the rest of the report stays")
     parser.add_argument("--stores", action="store_true", help="only IMAP and POP3; the rest of the report stays")
+    parser.add_argument("--scaling", action="store_true", help="only one and two workers; the rest of the report stays")
+    parser.add_argument("--soak", action="store_true", help="half the machine's capacity, for long; no other job")
+    parser.add_argument("--minutes", type=float, default=soak.FULL_MINUTES, help="length of the soak; shorter ones "
+                        "are not written to docs/reliability.md")  # fmt: skip
+    parser.add_argument("--kill", action="store_true", help="kill -9 a worker at two thirds of the soak")
     arguments = parser.parse_args()
     quick = arguments.quick
     rounds, sessions, bulk, idle = (2, 300, 2, 500) if quick else (5, 2000, 8, IDLE)
@@ -50,7 +56,9 @@ def main() -> None:
         write(folder / "tls")
         certificate = (folder / "tls/development.crt", folder / "tls/development.key")
         tls = f"tls: {{certificates: [{{chain: {certificate[0]}, key: {certificate[1]}}}]}}"
-        every = not (arguments.content or arguments.stores)
+        if arguments.soak:
+            raise SystemExit(_soak(folder, certificate, arguments.minutes, arguments.kill))
+        every = not (arguments.content or arguments.stores or arguments.scaling)
         parts = sections(REPORT.read_text())
         if every:
             parts[""] = _run(folder, certificate, tls, rounds, sessions, bulk, idle)
@@ -58,10 +66,24 @@ def main() -> None:
             parts[stores.HEADING] = stores.run(folder, certificate, quick)
         if every or arguments.content:
             parts[content.HEADING] = content.run(folder, tls, quick)
+        if every or arguments.scaling:
+            parts[scaling.HEADING] = scaling.run(folder, quick)
     if not quick:
-        written = [parts.get(heading, "").strip("\n") + "\n" for heading in ("", stores.HEADING, content.HEADING)]
+        order = ("", stores.HEADING, content.HEADING, scaling.HEADING)
+        written = [parts.get(heading, "").strip("\n") + "\n" for heading in order]
         REPORT.write_text("\n".join([*written, Path("bench/notes.md").read_text()]))
         print(f"wrote {REPORT}")
+
+
+def _soak(folder: Path, certificate: tuple[Path, Path], minutes: float, kill: bool) -> int:
+    """The exit status: 1 if not all was as promised."""
+    ran = soak.run(folder, certificate, minutes, kill)
+    text = soak_report.report(ran)
+    print(text)
+    if minutes >= soak.FULL_MINUTES:
+        RELIABILITY.write_text(soak_report.inserted(RELIABILITY.read_text(), text))
+        print(f"wrote {RELIABILITY}")
+    return 1 if soak_report.faults(ran) else 0
 
 
 def sections(report: str) -> dict[str, str]:

@@ -1,120 +1,41 @@
-"""Numbered mail: a client that paces sessions and notes every answer, and a sink that counts what arrives.
+"""Numbered mail: a client that paces sessions and notes every answer; bench/counting.py is the sink.
 
-`python -m bench.numbered client JSON` and `python -m bench.numbered sink PORT PORT IMAP-PORT FILE` run in processes of
-their own, each on one event loop. A message's number stands in its last line: one that was cut short has none. Both
-keep an octet for each number and write them to a file at the end; `compare` says what became of each message.
+`python -m bench.numbered JSON` runs in a process of its own, on one event loop. A message's number stands in its last
+line: one that was cut short has none. Client and sink keep an octet for each number and write them to a file at the
+end; `compare` says what became of each message.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import socket
 import ssl
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import uvloop
 
 from bench.clients import context
-from bench.store_server import Imap
 
 SENT, ACKNOWLEDGED = 1, 2
 LINE = b"x" * 78 + b"\r\n"
 HEAD = b"From: <a@example.org>\r\nTo: <b@example.net>\r\nSubject: soak\r\nX-Spam-Flag: YES\r\nMIME-Version: 1.0\r\n"
 SMALL = HEAD + b"\r\n" + LINE * 11
 LARGE = HEAD + b"Content-Type: text/plain\r\n\r\n" + LINE * 13_100
-FETCHED = b"* 1 FETCH (BODY[] {%d}\r\n" % 65_520 + LINE * 819 + b")\r\n"
 IDLE_SECONDS = 15.0
-MOST_OPEN = 1000
+END_SECONDS = 60.0  # for what is open at the end
+MOST_OPEN = 400  # fewer than may wait to be accepted
 SESSIONS_AN_ADDRESS = 4
 NO_PORT_YET = 24  # IP_BIND_ADDRESS_NO_PORT, ip(7)
 
 Step = tuple[bytes, bytes]
 """What is said, and what the last line of the answer begins with; b"" for any answer."""
-
-
-# -- the sink
-
-
-class Sink(asyncio.Protocol):
-    """A mail server that takes everything and counts numbers."""
-
-    def __init__(self, counts: bytearray) -> None:
-        self.counts = counts
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greet."""
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
-        self.begun, self.content = b"", False
-        self.transport.write(b"220 sink.test ESMTP\r\n")
-
-    def data_received(self, data: bytes) -> None:
-        """Commands, or content up to its dot; nobody says more before the answer to it."""
-        if self.content:
-            self.begun = (self.begun + data)[-64:] if len(data) < 64 else data[-64:]
-            if self.begun.endswith(b"\r\n.\r\n"):
-                number = int(self.begun[-14:-5])
-                if number >= len(self.counts):
-                    self.counts.extend(bytes(number - len(self.counts) + 4096))
-                self.counts[number] = min(255, self.counts[number] + 1)
-                self.begun, self.content = b"", False
-                self.transport.write(b"250 2.0.0 taken\r\n")
-            return
-        lines = (self.begun + data).split(b"\r\n")
-        self.begun = lines.pop()
-        self.transport.write(b"".join(self.answer(line[:4].upper()) for line in lines))
-
-    def answer(self, verb: bytes) -> bytes:
-        """One command's."""
-        match verb:
-            case b"EHLO":
-                return b"250-sink.test\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SIZE 100000000\r\n"
-            case b"DATA":
-                self.content = True
-                return b"354 go on\r\n"
-            case b"QUIT":
-                self.transport.write(b"221 2.0.0 bye\r\n")
-                self.transport.close()
-                return b""
-            case _:
-                return b"250 2.0.0 fine\r\n"
-
-
-class SmallImap(Imap):
-    """64 KiB for FETCH, and IDLE."""
-
-    def line(self, line: bytes) -> None:
-        """One line."""
-        tag, _, verb = line.partition(b" ")
-        if verb[:5].upper() == b"FETCH":
-            self.transport.write(FETCHED + tag + b" OK done\r\n")
-        elif verb[:4].upper() == b"IDLE":
-            self.idling = tag
-            self.transport.write(b"+ idling\r\n")
-        elif line == b"DONE":
-            self.transport.write(self.idling + b" OK done\r\n")
-        else:
-            super().line(line)
-
-
-async def sink(ports: Sequence[int], imap: int) -> bytes:
-    """The counts, at SIGTERM."""
-    loop = asyncio.get_running_loop()
-    counts, end = bytearray(4096), asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, end.set)
-    for port in ports:
-        await loop.create_server(lambda: Sink(counts), "127.0.0.1", port, backlog=512)
-    await loop.create_server(SmallImap, "127.0.0.1", imap, backlog=512)
-    print("ready", flush=True)
-    await end.wait()
-    return bytes(counts)
 
 
 # -- the client
@@ -124,16 +45,17 @@ async def sink(ports: Sequence[int], imap: int) -> bytes:
 class Orders:
     """`rate` sessions a second, or 0 for `together` that begin the next one when one ends. `first`: the first number.
 
-    `idlers` IMAP sessions idle all the time; `marks` is the file for what became of the numbers.
+    `idlers` IMAP sessions idle all the time; `marks` is the file for what became of the numbers. Without the other
+    ports all sessions are short ones of SMTP in clear text.
     """
 
     smtp: int
-    smtps: int
-    content: int
-    imap: int
     seconds: float
-    first: int
     marks: str
+    smtps: int = 0
+    content: int = 0
+    imap: int = 0
+    first: int = 0
     rate: float = 0.0
     together: int = 40
     idlers: int = 0
@@ -141,12 +63,15 @@ class Orders:
 
 @dataclass
 class Result:
-    """Sessions by kind and by how they ended; milliseconds to sessions by kind; the longest wait for one answer."""
+    """Sessions by kind and by how they ended; of each kind milliseconds (as text, for JSON) to sessions that took them.
 
-    started: Counter[str] = field(default_factory=Counter)
-    ended: Counter[str] = field(default_factory=Counter)
-    said: Counter[str] = field(default_factory=Counter)
-    sessions: dict[str, Counter[int]] = field(default_factory=dict)
+    `longest` is the longest wait for one answer, in seconds, `said` what clients were told that were refused.
+    """
+
+    started: dict[str, int] = field(default_factory=Counter)
+    ended: dict[str, int] = field(default_factory=Counter)
+    said: dict[str, int] = field(default_factory=Counter)
+    sessions: dict[str, dict[str, int]] = field(default_factory=dict)
     longest: float = 0.0
     longest_step: str = ""
     not_started: int = 0
@@ -176,7 +101,7 @@ class Client:
         self.result.seconds = time.monotonic() - begun
         self.over = True
         if self.open:
-            await asyncio.wait(self.open, timeout=60)
+            await asyncio.wait(self.open, timeout=END_SECONDS)
         for idler in idlers:
             idler.cancel()
         if idlers:
@@ -204,7 +129,7 @@ class Client:
         index = self.count
         self.count += 1
         address = _address(index // SESSIONS_AN_ADDRESS)
-        place = index % 100
+        place = index % 100 if self.orders.smtps else 0
         if place % 10 == 3:
             await self._talk("imap", self.orders.imap, IMAP, address)
         elif place in (21, 71):
@@ -245,9 +170,10 @@ class Client:
             self.result.longest, self.result.longest_step = session.longest, f"{kind}: {session.longest_step}"
         self.result.ended[f"{kind}: {ended}"] += 1
         if ended not in ("done", "lost"):
-            self.result.said[f"{kind}: {session.answer[:120].decode('latin-1').strip()}"] += 1
+            said = session.answer.decode("latin-1").strip().partition(" (")[0]  # without the session's id
+            self.result.said[f"{kind}: {said[:120]}"] += 1
         times = self.result.sessions.setdefault(kind, Counter())
-        times[round((time.monotonic() - begun) * 1000)] += 1
+        times[str(round((time.monotonic() - begun) * 1000))] += 1
 
     async def _idler(self, index: int) -> None:
         """Logs in, idles, logs out, again and again; begun at different times."""
@@ -393,12 +319,8 @@ def compare(parts: Sequence[tuple[int, bytes]], counts: bytes) -> Fate:
 
 
 def main() -> None:
-    """One of both."""
-    if sys.argv[1] == "sink":
-        *ports, imap = (int(word) for word in sys.argv[2:5])
-        Path(sys.argv[5]).write_bytes(uvloop.run(sink(ports, imap)))
-        return
-    orders = Orders(**json.loads(sys.argv[2]))
+    """Run by its orders; the result is printed."""
+    orders = Orders(**json.loads(sys.argv[1]))
 
     async def run() -> Client:
         client = Client(orders)
@@ -407,7 +329,7 @@ def main() -> None:
 
     client = uvloop.run(run())
     Path(orders.marks).write_bytes(client.marks)
-    print(json.dumps(asdict(client.result)))
+    print(json.dumps(vars(client.result)))
 
 
 if __name__ == "__main__":

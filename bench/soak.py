@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.numbered import Fate, Orders, Result, compare
@@ -59,17 +59,15 @@ class Ran:
     cpu: dict[str, float]
     machine: dict[str, float]
     lag: dict[str, float]
-    first_scrape: dict[str, float]
-    last_scrape: dict[str, float]
     records: dict[str, int]
-    killed: bool = False
-    since: dict[Member, float] = field(default_factory=dict)
+    since: dict[Member, float]
+    killed: bool
 
 
 def run(folder: Path, certificate: tuple[Path, Path], minutes: float, kill: bool) -> Ran:
     """The whole run."""
     sink_ports, imap, counts = (free_port(), free_port()), free_port(), folder / "counts"
-    argv = [sys.executable, "-m", "bench.numbered", "sink", *map(str, sink_ports), str(imap), str(counts)]
+    argv = [sys.executable, "-m", "bench.counting", *map(str, sink_ports), str(imap), str(counts)]
     log = folder / "sink.log"
     sink = Process(argv, log)
     service: Supervised | None = None
@@ -148,25 +146,21 @@ class _Run:
         result, paced = self._client(offset, capacity / 2, self.seconds, self._look)
         newest = [*(member for member in self.service.members() if member.role == "supervisor"),
                   *self.service.newest()]  # fmt: skip
-        self._scrape()
-        used, machine = self.cpu.used(), self.cpu.machine()
         after = self._at_rest()
         self.sink.stop()
         return Ran(
             self.seconds / 60, capacity, capacity / 2, result, compare([(0, marks), (offset, paced)],
-            counts.read_bytes()), self.samples, newest, self.events, before, after, used, machine, _lag(self.scrapes),
-            self.scrapes[0], self.scrapes[-1], self._records(), self.kill, self.since,
+            counts.read_bytes()), self.samples, newest, self.events, before, after, self.used, self.machine,
+            _lag(self.scrapes), self._records(), self.since, self.kill,
         )  # fmt: skip
 
-    def _client(
-        self, first: int, rate: float, seconds: float, look: Callable[[float], None]
-    ) -> tuple[Result, bytes]:
+    def _client(self, first: int, rate: float, seconds: float, look: Callable[[float], None]) -> tuple[Result, bytes]:
         """Run a client to its end; `look` is called every second."""
         marks = self.folder / f"marks-{first}"
         orders = Orders(**self.ports, seconds=seconds, first=first, marks=str(marks), rate=rate,
                         idlers=IDLERS if rate else 0)  # fmt: skip
         said = self.folder / f"client-{first}.log"
-        client = Process([sys.executable, "-m", "bench.numbered", "client", json.dumps(asdict(orders))], said)
+        client = Process([sys.executable, "-m", "bench.numbered", json.dumps(asdict(orders))], said)
         self.client = client
         begun = time.monotonic()
         try:
@@ -186,7 +180,9 @@ class _Run:
             self.due.append((KILL_AT * self.seconds, "kill"))
 
     def _look(self, passed: float) -> None:
-        """A sample, and what is due."""
+        """A sample, and what is due; nothing after the time, while the last sessions end."""
+        if passed > self.seconds:
+            return
         members = self.service.members()
         memory, files = {}, {}
         for member in members:
@@ -201,11 +197,10 @@ class _Run:
         self.cpu.look("what measures", [os.getpid()])
         if not self.samples:
             self.cpu.begin()
-        self.samples.append(
-            Sample(passed, memory, files, self.service.open_sessions(), self.service.store_octets())
-        )
+        self.samples.append(Sample(passed, memory, files, self.service.open_sessions(), self.service.store_octets()))
         if len(self.samples) % SCRAPE_EVERY == 1:
             self._scrape()
+        self.used, self.machine = self.cpu.used(), self.cpu.machine()
         while self.due and passed >= self.due[0][0]:
             _, what = self.due.pop(0)
             if what == "reload":

@@ -20,8 +20,7 @@ import yaml
 from bench.peers import TICK, Process, cpu_of, free_port
 from gateway.observe.counters import CounterMap, CounterRow
 
-Role = Literal["supervisor", "generation", "worker", "admin"]
-ROLES: tuple[Role, ...] = ("supervisor", "generation", "worker", "admin")
+Role = Literal["supervisor", "generation", "worker", "admin", "starting"]
 READY_SECONDS = 60.0
 
 
@@ -62,9 +61,15 @@ class Supervised:
         said = folder / "service.log"
         argv = [sys.executable, "-m", "gateway", "run", "--workers", str(workers), *paths]
         self.process = Process(argv, said)
-        self.process.until(lambda: "gateway: ready" in said.read_text(), READY_SECONDS)
         self.pid = self.process.popen.pid
-        self._map = CounterMap.attach(self._counters())
+        self.workers = workers
+        self._roles: dict[int, Role] = {}
+        try:
+            self.process.until(lambda: "gateway: ready" in said.read_text(), READY_SECONDS)
+            self._map = CounterMap.attach(self._counters())
+        except BaseException:
+            self.stop()
+            raise
 
     def _counters(self) -> int:
         """The descriptor of the shared counters, opened once more."""
@@ -75,14 +80,18 @@ class Supervised:
         raise FileNotFoundError(f"no counters in {folder}")
 
     def members(self) -> list[Member]:
-        """All processes that run now."""
-        workers = {row.owner for row in self._rows() if (found := row.find("gateway_workers")) and found.value}
+        """All processes that run now. Who has not said yet that it is ready to work is `starting`."""
+        for row in self._rows():
+            if (found := row.find("gateway_workers")) and found.value:
+                self._roles[row.owner] = "worker"
         members = [Member("supervisor", self.pid, 0)]
         for generation in children(self.pid):
+            found_here = children(generation)
+            if sum(self._roles.get(child) == "worker" for child in found_here) == self.workers:
+                for child in found_here:
+                    self._roles.setdefault(child, "admin")
             members.append(Member("generation", generation, generation))
-            members += [
-                Member("worker" if child in workers else "admin", child, generation) for child in children(generation)
-            ]
+            members += [Member(self._roles.get(child, "starting"), child, generation) for child in found_here]
         return members
 
     def newest(self) -> list[Member]:

@@ -115,11 +115,11 @@ def upstreams(answers: Sequence[Answer]) -> list[Row]:
 
 
 def stats(answers: Sequence[Answer]) -> Row:
-    """Sums over all workers, and each of them."""
+    """Sums over all workers, and each of them; none where all are being replaced."""
     sums: dict[str, float] = {"sessions": 0, "memory": 0, "cpu": 0, "descriptors": 0}
     states, pipelines = Counter[str](), Counter[str]()
     workers: list[Json] = []
-    for answer in given(answers):
+    for answer in (answer for answer in answers if not answer["error"]):
         result = cast(Mapping[str, Json], answer["result"])
         for name in sums:
             sums[name] += number(result.get(name))

@@ -71,7 +71,7 @@ def _alone(paths: tuple[str, ...], loop_name: str, ready: Callable[[], None]) ->
     from gateway.service.heap import keep_heap
     from gateway.service.listening import StartError
     from gateway.service.log_set_up import set_up
-    from gateway.service.places import state_directory, store_settings
+    from gateway.service.places import state_directory, store_settings, trace_settings
     from gateway.service.worker import Worker
 
     compiled, loaded = plans(paths)
@@ -81,7 +81,7 @@ def _alone(paths: tuple[str, ...], loop_name: str, ready: Callable[[], None]) ->
         set_up(compiled, loaded)
         state = state_directory(process) if process.state_directory or process.store else None
         store = store_settings(process, state or state_directory(process), "memory")
-        worker = Worker(compiled, state, store=store)
+        worker = Worker(compiled, state, store=store, traces=trace_settings(process))
         with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
             runner.run(_serve(worker, process.drain, ready))
     except StartError as error:

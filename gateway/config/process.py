@@ -13,6 +13,7 @@ from gateway.config.log_settings import Log
 from gateway.values import KIND, Duration, ExistingFile, NotA, PathValue, Secret, Size, parse_percent, shown
 
 _REDIS = re.compile(r"(?:rediss?|redis\+sentinel|rediss\+sentinel|redis\+cluster|rediss\+cluster|unix)://\S+")
+_OTEL = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 _OTLP = re.compile(r"https?://[^\s/?#@]+((?:/[^\s?#]*)?)")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_TEXT = re.compile(r"[!-~](?:[ -~]*[!-~])?|")
@@ -151,6 +152,14 @@ def _ratio(value: object) -> float:
     return parse_percent(value) / 100
 
 
+def _is_there(module: str) -> bool:
+    """Whether it could be imported; only the workers do."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package around it
+        return False
+
+
 def _otlp_url(value: object) -> str:
     """Where the collector takes spans; /v1/traces where no path is written (OTLP 1.x, "OTLP/HTTP Request")."""
     found = _OTLP.fullmatch(value) if isinstance(value, str) else None
@@ -187,14 +196,10 @@ class Traces(Model):
 
     @model_validator(mode="after")
     def _installed(self) -> Self:
-        try:
-            found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
-        except ModuleNotFoundError:
-            found = None
-        if found is None or importlib.util.find_spec("opentelemetry.sdk") is None:
-            findings = Findings()
+        findings = Findings()
+        if not all(map(_is_there, _OTEL)):
             findings.add((), None, "OpenTelemetry is not installed", "pip install 'mail-gateway[otel]'")
-            findings.report(self)
+        findings.report(self)
         return self
 
 

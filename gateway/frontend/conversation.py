@@ -284,6 +284,8 @@ class Conversation(ABC):
         self.wire.set_deadline(self.limits.tls_timeout)
         try:
             await self.wire.start_tls_server(context)
+        except WireTimeout:
+            raise Closing("TLS handshake failed: time-out") from None
         except (OSError, ValueError) as error:
             raise Closing(f"TLS handshake failed: {error}") from None
         session = self.session

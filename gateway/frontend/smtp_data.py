@@ -17,6 +17,7 @@ from gateway.frontend.closing import Closing
 from gateway.frontend.smtp_content import GO_ON, FilteredContent, must_hold
 from gateway.frontend.smtp_mail import pass_on, reset, size_limit, softened, told
 from gateway.frontend.smtp_upstream import say_data
+from gateway.observe.traces import TracedSession
 from gateway.protocol.content import DataScanner, DotStuffer
 from gateway.protocol.errors import PeerError
 from gateway.protocol.smtp import Command, Reply, parse_bdat
@@ -281,6 +282,8 @@ def record(conversation: SmtpConversation) -> None:
     times = {stage: round(seconds * 1000, 3) for stage, seconds in (session.times or {}).items()}
     session.times = None
     conversation.served.counts.transaction(transaction)
+    if isinstance(session, TracedSession):
+        session.trace.transaction(session.transactions, transaction, conversation.mail.begun)
     log.info(
         "transaction",
         session=session.id,

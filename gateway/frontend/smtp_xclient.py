@@ -34,7 +34,7 @@ async def xclient(conversation: SmtpConversation, command: Command) -> bool:
         conversation.error("503 5.5.1 mail transaction in progress")
         return False
     attributes = codec.parse(command.argument)
-    fresh = Session(
+    fresh = type(session)(  # traced if the connection is
         conversation.served.new_id(), session.pipeline, session.listener, session.peer, session.local, session.started
     )
     fresh.hostname = session.hostname

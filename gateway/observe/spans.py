@@ -38,6 +38,7 @@ Attributes = Mapping[str, str | int | bool]
 QUEUE: Final = 8192  # spans that wait for the collector
 EXPORT_SECONDS: Final = 10.0  # of one batch, with its retries
 FLUSH_SECONDS: Final = 3.0  # for what is left at a stop
+OVERFLOW: Final = "Queue full"  # so the SDK says that it threw a span away
 BROKEN: Final = ("client_lost", "internal_error", "timeout", "tls_failed", "upstream_lost")
 """Ends of a session (label `reason` of `gateway_sessions_total`) that are errors of its span."""
 
@@ -104,8 +105,11 @@ class Traces:
                 await over.wait()
         except TimeoutError:
             self._exporter.shutdown()  # ends its retries
-            self.tell(f"the last spans were not sent within {FLUSH_SECONDS:g} s")
-        logging.getLogger("opentelemetry").removeHandler(self._words)
+            why = f": {self._words.first}" if self._words.first else ""
+            self.tell(f"the last spans were not sent within {FLUSH_SECONDS:g} s{why}")
+        sdk = logging.getLogger("opentelemetry")
+        sdk.addHandler(logging.NullHandler())  # its thread may have something to say yet
+        sdk.removeHandler(self._words)
 
     # -- spans ----------------------------------------------------------------------------------------------
 
@@ -162,8 +166,11 @@ class Traces:
 
     def exported(self, result: SpanExportResult) -> None:
         """A batch was sent, or was not. Called by the SDK's thread."""
-        error = "" if result is SpanExportResult.SUCCESS else self._words.first or "no reason given"
-        self._words.first = ""
+        error, self._words.first = self._words.first, ""
+        if result is not SpanExportResult.SUCCESS:
+            error = error or "no reason given"
+        elif not error.startswith(OVERFLOW):  # a retry that helped
+            error = ""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(self.tell, error)
 

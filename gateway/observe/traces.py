@@ -17,8 +17,8 @@ from gateway.session import Address, Listener, Seen, Session
 if TYPE_CHECKING:
     from gateway.session import Transaction
 
-MAX_CHILDREN: Final = 500
-"""Children that a session's span may have; more are counted and left out."""
+MAX_CHILDREN: Final = 200
+"""Children that a session's span may have; more are counted and left out. All are made in one turn of the loop."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ it from their listening socket.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from ssl import SSLContext
 from typing import Protocol, cast
 
 from gateway.observe import metrics
+from gateway.relay import descriptors
 from gateway.relay.tls import ClientSession, ServerContext, TlsError, TlsInfo, TlsSession
 
 __all__ = ["Address", "EndOfStream", "LineTooLong", "Relay", "Wire", "WireTimeout", "connect"]
@@ -748,8 +750,17 @@ def _address(name: object) -> Address:
 async def connect(address: Address | str, *, timeout: float, source: str | None = None) -> Wire:
     """Open a connection to (numeric host, port) or to the unix socket at a path.
 
-    `timeout` in seconds; `source` is the numeric local address to connect from. Raises OSError, TimeoutError.
+    `timeout` in seconds; `source` is the numeric local address to connect from. Raises OSError (EMFILE before the
+    last descriptor is taken, see `gateway.relay.descriptors`), TimeoutError.
     """
+    wire = await _open(address, timeout, source)
+    if not wire.closed and descriptors.too_high(wire.transport.get_extra_info("socket").fileno()):
+        wire.abort()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return wire
+
+
+async def _open(address: Address | str, timeout: float, source: str | None) -> Wire:
     loop = asyncio.get_running_loop()
     if isinstance(address, str):
         return await _connect_unix(loop, address)

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
 import structlog
 
@@ -30,6 +30,7 @@ class Child(ABC):
         self.channel = channel
         self.grace = drain
         self._row = row
+        self.last = False  # no other generation takes our place
         self._accept = asyncio.Event()
         self._end = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -63,20 +64,30 @@ class Child(ABC):
         self._lag = LoopLag(self._row)
         self._lag.start()
         try:
-            await self.prepare()
+            if await self._before(self._end, self.prepare()):
+                self.channel.send({"op": "ready"})
+                if await self._before(self._end, self._accept.wait()):
+                    await self.accept()
+                    await self._end.wait()
         except StartError as error:
             self.channel.send({"op": "failed", "error": str(error)})
             await self.close_quickly()
             return 1
-        self.channel.send({"op": "ready"})
-        waiting = [asyncio.create_task(event.wait()) for event in (self._accept, self._end)]
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if self._accept.is_set():
-            await self.accept()
-            await self._end.wait()
         await self.close()
         self._lag.stop()
         return 0
+
+    async def _before(self, end: asyncio.Event, coroutine: Coroutine[object, object, object]) -> bool:
+        """Whether it is done before the end comes; else it is canceled. Raises what it raises."""
+        doing, ending = asyncio.create_task(coroutine), asyncio.create_task(end.wait())
+        await asyncio.wait([doing, ending], return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        if doing.done():
+            doing.result()
+            return True
+        doing.cancel()
+        await asyncio.wait([doing])
+        return False
 
     async def close_quickly(self) -> None:
         """After a failed start."""
@@ -91,7 +102,12 @@ class Child(ABC):
 
         task = asyncio.get_running_loop().create_task(answered())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal_error", error=f"{type(error).__name__}: {error}", exc_info=error)
 
     def _heard(self, message: Message) -> None:
         match message["op"]:
@@ -99,6 +115,7 @@ class Child(ABC):
                 self._accept.set()
             case "drain":
                 self.grace = min(self.grace, float(str(message["seconds"])))
+                self.last = self.last or bool(message["last"])
                 self._end.set()
                 if not self.grace:
                     self.hurry()

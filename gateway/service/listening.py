@@ -20,6 +20,13 @@ from gateway.pipeline.plan import ListenerPlan
 
 SPEC = ("url", "host", "port", "path", "backlog", "ipv6only", "rcvbuf", "sndbuf", "multipath")
 Address = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]  # as getaddrinfo has it
+Addresses = Mapping[tuple[str, int], list[tuple[socket.AddressFamily, Address]]]
+"""Of hosts and ports."""
+KEEPALIVE_DEFAULTS = (
+    (socket.TCP_KEEPIDLE, "/proc/sys/net/ipv4/tcp_keepalive_time"),
+    (socket.TCP_KEEPINTVL, "/proc/sys/net/ipv4/tcp_keepalive_intvl"),
+    (socket.TCP_KEEPCNT, "/proc/sys/net/ipv4/tcp_keepalive_probes"),
+)
 NO_MULTIPATH = (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)
 
 
@@ -27,16 +34,20 @@ class StartError(Exception):
     """The worker cannot start; the text says which listener, upstream or stage, and why."""
 
 
-def bound(listener: ListenerPlan, *, share_port: bool = False) -> list[socket.socket]:
+def bound(
+    listener: ListenerPlan, *, share_port: bool = False, addresses: Addresses | None = None
+) -> list[socket.socket]:
     """A socket for each address of the listener, bound and not listening; a host name may have several.
 
-    `share_port`: others of this process listen on the port already, and ask for it now, too. Raises StartError.
+    `share_port`: others of this process listen on the port already, and ask for it now, too. `addresses`: those that
+    were looked up already. Raises StartError.
     """
     sockets: list[socket.socket] = []
     try:
         if listener.path:
             return [_bound_unix(listener)]
-        for family, address in _addresses(listener):
+        known = (addresses or {}).get((listener.host, listener.port))
+        for family, address in known if known is not None else _addresses(listener):
             sock = _tcp_socket(listener, family)
             sockets.append(sock)
             _set_options(sock, listener)
@@ -55,15 +66,8 @@ def bound(listener: ListenerPlan, *, share_port: bool = False) -> list[socket.so
 def listen(sockets: Iterable[tuple[ListenerPlan, socket.socket]]) -> None:
     """Listen on all that are bound, of all pipelines. Raises StartError."""
     sockets = list(sockets)
+    refuse_same(sockets)
     tcp = [(plan, sock, sock.getsockname()[:2]) for plan, sock in sockets if sock.family != socket.AF_UNIX]
-    seen: set[tuple[str, int]] = set()
-    for plan, sock, address in tcp:
-        covered = {address}
-        if address[0] == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            covered.add(("0.0.0.0", address[1]))
-        if covered & seen:
-            raise StartError(f"{plan.url}: cannot listen: another listener has that address")
-        seen |= covered
     ports = Counter(address[1] for _, _, address in tcp)
     shared = [sock for _, sock, address in tcp if ports[address[1]] > 1]
     for sock in shared:
@@ -77,9 +81,61 @@ def listen(sockets: Iterable[tuple[ListenerPlan, socket.socket]]) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
 
+def refuse_same(sockets: Iterable[tuple[ListenerPlan, socket.socket]]) -> None:
+    """Two of one address would share its connections between them. Raises StartError."""
+    seen: set[tuple[str, int]] = set()
+    for plan, sock in sockets:
+        if sock.family == socket.AF_UNIX:
+            continue
+        address = sock.getsockname()[:2]
+        covered = {address}
+        if address[0] == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            covered.add(("0.0.0.0", address[1]))
+        if covered & seen:
+            raise StartError(f"{plan.url}: cannot listen: another listener has that address")
+        seen |= covered
+
+
+def look_up(listeners: Iterable[ListenerPlan]) -> Addresses:
+    """The addresses of their host names, which may take the name servers a while. Raises StartError."""
+    found: dict[tuple[str, int], list[tuple[socket.AddressFamily, Address]]] = {}
+    for listener in listeners:
+        if not listener.path:
+            try:
+                found[listener.host, listener.port] = _addresses(listener)
+            except OSError as error:
+                raise StartError(f"{listener.url}: cannot listen: {error.strerror or error}") from None
+    return found
+
+
+def change_options(sock: socket.socket, old: ListenerPlan, new: ListenerPlan) -> None:
+    """Give a socket that listens the options of another reading of the configuration.
+
+    They hold for the connections to come. Buffers that are not set any more stay as they are: socket(7) has no way
+    back to sizes that the kernel chooses.
+    """
+    if new.backlog != old.backlog:
+        sock.listen(new.backlog)
+    _set_buffers(sock, new)
+    if sock.family != socket.AF_UNIX and new.keepalive != old.keepalive:
+        if new.keepalive is None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+        else:
+            for option, path in KEEPALIVE_DEFAULTS:
+                sock.setsockopt(socket.IPPROTO_TCP, option, _default(path))
+            _set_keepalive(sock, new.keepalive)
+
+
+def _default(path: str) -> int:
+    """A number of tcp(7) that the system has where none is set."""
+    with open(path) as file:
+        return int(file.read())
+
+
 def _bound_unix(listener: ListenerPlan) -> socket.socket:
     if os.path.exists(listener.path) and stat.S_ISSOCK(os.stat(listener.path).st_mode):
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # a full backlog would hold us up: somebody listens then
             if probe.connect_ex(listener.path) == errno.ECONNREFUSED:
                 os.unlink(listener.path)  # left behind by a process that is gone
     sock = socket.socket(socket.AF_UNIX)

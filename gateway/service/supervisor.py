@@ -1,79 +1,47 @@
 """The supervisor: the one process that lives as long as the service.
 
-It keeps what must not be lost, the listening sockets, the counters and the embedded servers, and starts a generation
-for each reading of the configuration. It reads no pipeline itself, imports no stage and speaks to no client, and is
-therefore the only one that may stay root.
+It keeps what must not be lost (`holdings`) and starts a generation for each reading of the configuration. It reads no
+pipeline itself, imports no stage and speaks to no client, and is therefore the only one that may stay root. It never
+waits for another process: what takes time is a thread's or a generation's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import os
-import secrets
+import platform
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Literal, cast
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from importlib.metadata import version
+from typing import Final, TypeVar, cast
 
-from gateway.admin import place
 from gateway.observe import metrics
-from gateway.observe.counters import CounterMap
 from gateway.observe.logs import get_logger
 from gateway.service import systemd
 from gateway.service.certificates import FileWatch
-from gateway.service.channel import Channel, Json, Message, pair, send_sockets
+from gateway.service.channel import Json, Message
 from gateway.service.child import files_message
-from gateway.service.held import HeldSockets
-from gateway.service.listening import StartError, plan_of
-from gateway.sink.process import EmbeddedServer
+from gateway.service.decisions import Decisions
+from gateway.service.generations import ALIVE, KILL_AFTER, Generation, launch
+from gateway.service.holdings import NOTHING, Holdings, Wish
+from gateway.service.listening import StartError
+from gateway.service.prctl import adopt_orphans, set_name
+from gateway.service.questions import Questions
 
 log = get_logger("gateway.supervisor")
 
 START_SECONDS: Final = 120.0
-MOST_GENERATIONS: Final = 8
-STOP_AFTER: Final = 20.0  # beyond the time for draining
+SILENT_SECONDS: Final = 20.0  # a generation says every half second that it lives
+MOST_DRAINING: Final = 8
+TICK_SECONDS: Final = 0.5
 FILES_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 4.0
-REBORN_PAUSE: Final = 1.0
-
-State = Literal["starting", "serving", "draining", "failed", "ended"]
-
-
-@dataclass(eq=False)
-class Generation:
-    """One generation as the supervisor sees it. `rows` of the counters are its workers'."""
-
-    number: int
-    process: subprocess.Popen[bytes]
-    channel: Channel
-    over: socket.socket
-    started: float
-    begun: asyncio.Future[str]  # "" once it is ready, else what is wrong
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    state: State = "starting"
-    rows: list[int] = field(default_factory=list)
-    listeners: list[Message] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    embedded: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    workers: int = 0
-    drain: float = 30.0
-    error: str = ""
-
-
-@dataclass
-class _Asked:
-    """A question on its way: who still has to answer, and what has come."""
-
-    waiting: set[int]
-    answers: list[Json]
-    done: Callable[[list[Json]], None]
-    timer: asyncio.TimerHandle | None = None
+LIVED_SECONDS: Final = 10.0
+LONGEST_PAUSE: Final = 15.0
+T = TypeVar("T")
 
 
 class Supervisor:
@@ -89,319 +57,298 @@ class Supervisor:
     ) -> None:
         self._orders: dict[str, Json] = {"paths": list(paths), "workers": workers, "loop": loop}
         self._ready = ready
-        self._map = CounterMap.create()
-        self._row = self._map.row(0)  # our own
-        self._row.take(os.getpid())
-        metrics.bind(self._row, self._map)
-        self._free = list(range(1, len(self._map)))
         self._notifier = systemd.Notifier()
-        self._inherited = systemd.inherited_sockets()
-        self._held = HeldSockets(self._from_systemd)
-        self._places: dict[str, socket.socket] = {}
-        self._embedded: dict[str, EmbeddedServer] = {}
+        self._holdings = Holdings()
+        self._map = self._holdings.counters
         self._generations: list[Generation] = []
-        self._secret = secrets.token_bytes(32)
-        self._sticky: dict[str, Message] = {}
-        self._watch: FileWatch | None = None
+        self._wish: Wish = NOTHING  # of the configuration that took over last
         self._count = 0
-        self._asked: dict[int, _Asked] = {}
-        self._questions = 0
-        self._reloading: asyncio.Task[Generation] | None = None
-        self._reload_again = False
-        self._stop: asyncio.Event
-        self._now: asyncio.Event
+        self._questions: Questions[Generation] = Questions(_missing)
+        self._decisions = Decisions()
+        self._watch: FileWatch | None = None
+        self._reloading: asyncio.Task[str] | None = None  # one that has not begun to read files
+        self._replacing: asyncio.Task[None] | None = None
         self._started = time.time()
-        self._status = 0
-        self._restarts = 0
         self._reason = ""
         self._tasks: set[asyncio.Task[object]] = set()
+        self._stop, self._now, self._changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._turn = asyncio.Lock()  # to start a generation
+
+    # -- from the start to the end --------------------------------------------------------------------------
 
     async def run(self) -> int:
         """Serve until a signal or the admin API says stop; the exit status."""
-        self._stop, self._now = asyncio.Event(), asyncio.Event()
+        self._begin()
+        tending = [
+            self._spawn(_every(TICK_SECONDS, self._look_after)),
+            self._spawn(_every(FILES_SECONDS, self._look_at_files)),
+        ]
+        try:
+            error = await self._start_first()
+            if self._stop.is_set():
+                await self._drain_all()
+                return 0
+            if error:
+                _say(error)
+                return 2
+            if self._notifier.watchdog_seconds is not None:
+                tending.append(self._spawn(_every(self._notifier.watchdog_seconds, self._say_alive)))
+            await self._stop.wait()
+            await self._drain_all()
+            return 0
+        finally:
+            await self._end()
+            for task in tending:
+                task.cancel()
+
+    def _begin(self) -> None:
+        """Become who answers signals and counts."""
+        row = self._map.row(0)
+        row.take(os.getpid())
+        metrics.bind(row, self._map)
+        metrics.gauge("gateway_start_timestamp_seconds").set(int(self._started))
+        metrics.gauge("gateway_build_info", version=version("mail-gateway"), python=platform.python_version()).set(1)
+        set_name("gateway")
+        adopt_orphans()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(number, self._asked_to_stop)
-        loop.add_signal_handler(signal.SIGHUP, self._asked_to_reload)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        try:
-            first = await self._start()
-            if first.error:
-                print(first.error, file=sys.stderr, flush=True)
-                return 2
-            self._take_over(first)
-            self._ready()
-            self._notifier.ready(f"generation {first.number}: {first.workers} workers")
-            print("gateway: ready", file=sys.stderr, flush=True)
-            tending = asyncio.create_task(self._tend())
-            await self._stop.wait()
-            await self._drain_all()
-            tending.cancel()
-        finally:
-            await self._end()
-        return self._status
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked some
 
-    # -- generations ----------------------------------------------------------------------------------------
+    async def _start_first(self) -> str:
+        """What is wrong, or nothing."""
+        async with self._turn:
+            try:
+                first = await self._start()
+            except StartError as error:
+                return str(error)
+            try:
+                self._ready()
+            except OSError as error:
+                first.fail(str(error))
+                return f"gateway: pid file {error.filename}: {error.strerror or error}"
+            await self._take_over(first)
+            self._notifier.ready(f"generation {first.number}: {first.workers} workers")
+            _say("gateway: ready")
+            return ""
+
+    async def _drain_all(self) -> None:
+        """Nobody listens any more; sessions go on for a while, or until somebody is impatient."""
+        alive = [one for one in self._generations if one.alive]
+        seconds = max((one.wish.drain for one in alive), default=0.0)
+        self._notifier.stopping("drains", seconds + 2 * KILL_AFTER)
+        for one in alive:
+            one.drain(0.0 if self._now.is_set() else one.wish.drain, last=True)
+        self._holdings.close_listeners()
+        self._count_states()
+        hurry = self._spawn(self._hurry())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds + KILL_AFTER + 1):
+                await self._all_gone()
+        hurry.cancel()
+
+    async def _hurry(self) -> None:
+        await self._now.wait()
+        for one in self._generations:
+            if one.alive:
+                one.drain(0.0, last=True)
+        for pid in self._holdings.rows.orphans:
+            _kill(pid, signal.SIGKILL)
+
+    async def _all_gone(self) -> None:
+        """Until there are neither generations nor workers that lost theirs."""
+        while self._holdings.rows.orphans or any(one.process.returncode is None for one in self._generations):
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _end(self) -> None:
+        """Whatever is left, at once: sessions have had their time."""
+        self._stop.set()
+        for one in self._generations:
+            if one.process.returncode is None:
+                one.kill_after(5.0 if one.state == "failed" else 0.0)
+        for pid in self._holdings.rows.orphans:
+            _kill(pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * KILL_AFTER):
+                await self._all_gone()
+        await self._holdings.close()
+
+    # -- one generation after the other ---------------------------------------------------------------------
 
     async def _start(self) -> Generation:
-        """A new generation, ready or with its `error`."""
-        loop = asyncio.get_running_loop()
-        ours, theirs = pair()
-        over, fetched = pair()
+        """A new generation that waits for `accept`. Raises StartError; then nothing stays of what it was given."""
         self._count += 1
-        passed = (theirs.fileno(), fetched.fileno(), self._map.fd)
-        orders = self._orders | {
-            "generation": self._count,
-            "control": passed[0],
-            "sockets": passed[1],
-            "counters": passed[2],
-        }
-        with theirs, fetched:
-            process = subprocess.Popen(  # noqa: ASYNC220 -- it waits for the exec only
-                [sys.executable, "-P", "-m", "gateway.service.generation", json.dumps(orders)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=passed,
-                env=systemd.child_environment(),
-                start_new_session=True,  # a terminal's Ctrl-C is for us
-            )
-        generation = Generation(self._count, process, Channel(ours), over, time.time(), loop.create_future())
+        generation = launch(self._count, self._orders, self._map.fd)
         self._generations.append(generation)
         generation.channel.attach(
-            loop, lambda message: self._heard(generation, message), lambda: self._lost(generation)
+            asyncio.get_running_loop(),
+            lambda message: self._heard(generation, message),
+            lambda: generation.kill_after(KILL_AFTER / 2),  # it ends, or is in trouble
         )
+        self._count_states()
         try:
             async with asyncio.timeout(START_SECONDS):
-                generation.error = await generation.begun
+                error = await asyncio.shield(generation.begun)
         except TimeoutError:
-            generation.error = f"gateway: not ready after {START_SECONDS:.0f} seconds"
-        if generation.error:
-            generation.state = "failed"
-            if generation.process.poll() is None:
-                generation.process.terminate()
-        return generation
+            error = f"gateway: not ready after {START_SECONDS:.0f} seconds"
+        if not error and generation.alive:
+            return generation
+        generation.fail(error or "gateway: the new process ended as soon as it was ready")
+        await self._let_go()
+        raise StartError(generation.error)
 
-    def _take_over(self, new: Generation) -> None:
+    async def _take_over(self, new: Generation) -> None:
         """The new generation accepts, then the old ones stop."""
-        new.state = "serving"
-        new.channel.send({"op": "accept"})
+        for message in self._decisions:
+            new.channel.send(message)
+        new.accept()
         for old in self._generations:
             if old is not new and old.state == "serving":
-                old.state = "draining"
-                old.channel.send({"op": "drain", "seconds": old.drain})
-        draining = [old for old in self._generations if old.state == "draining"]
-        for old in draining[: max(0, len(draining) - MOST_GENERATIONS)]:
-            old.channel.send({"op": "drain", "seconds": 0.0})
-        self._held.keep(plan_of(spec) for spec in new.listeners)
-        for address in [address for address in self._places if address not in new.places]:
-            self._close_place(address)
-        self._watch = FileWatch(new.files)
+                old.drain(old.wish.drain)
+        self._make_room(new)
+        self._wish = new.wish
+        self._watch = FileWatch(new.wish.files)
         metrics.gauge("gateway_generation").set(new.number)
         metrics.gauge("gateway_reload_timestamp_seconds").set(int(time.time()))
+        self._count_states()
+        await self._let_go()
 
-    async def reload(self) -> Generation:
-        """A new generation in place of the present one, or, if it fails, none; calls that come meanwhile share one."""
+    def _make_room(self, new: Generation) -> None:
+        """The oldest that drain end now where there are too many, or the next generation would have no rows."""
+        draining = [one for one in self._generations if one.state == "draining"]
+        free = self._holdings.rows.free
+        while draining and (len(draining) > MOST_DRAINING or free < len(new.rows)):
+            oldest = draining.pop(0)
+            free += len(oldest.rows)
+            oldest.drain(0.0)
+
+    async def _let_go(self) -> None:
+        """What no generation uses any more; where none is starting."""
+        self._holdings.keep(self._wish)
+        await self._let_servers_go()
+
+    async def _let_servers_go(self) -> None:
+        used = [key for one in self._generations if one.alive for key in one.wish.servers]
+        await self._holdings.embedded.keep([*used, *self._wish.servers])
+
+    def reload(self) -> asyncio.Task[str]:
+        """A new generation in place of the present one, or, if it fails, none; the outcome is what is wrong, or "".
+
+        It begins when one that is under way has ended, since that one may have read its files already. Calls that
+        come before it begins share it.
+        """
         if self._reloading is None:
-            self._reloading = asyncio.get_running_loop().create_task(self._reload())
-        return await asyncio.shield(self._reloading)
+            self._reloading = self._spawn(self._reload())
+        return self._reloading
 
-    async def _reload(self) -> Generation:
-        try:
-            self._notifier.reloading("reads its configuration")
-            generation = await self._start()
-            if self._stop.is_set():
-                generation.channel.send({"op": "drain", "seconds": 0.0})
-            elif generation.error:
-                self._reason = f"reload failed: {generation.error}"
-                print(generation.error, file=sys.stderr, flush=True)
-                metrics.counter("gateway_reloads_total", result="failed").add()
-                self._log("error", "reload_failed", error=generation.error, generation=self._newest())
-            else:
-                self._reason = ""
-                self._take_over(generation)
-                metrics.counter("gateway_reloads_total", result="ok").add()
-                self._log("info", "reload", generation=generation.number, workers=generation.workers)
-            self._notifier.ready(f"generation {self._newest()}")
-            return generation
-        finally:
+    async def _reload(self) -> str:
+        async with self._turn:
             self._reloading = None
+            if self._stop.is_set():
+                return "gateway: the service stops"
+            self._notifier.reloading("reads its configuration")
+            try:
+                generation = await self._start()
+                await self._take_over(generation)
+                self._reason = ""
+                metrics.counter("gateway_reloads_total", result="done").add()
+                self._log("info", "reload", generation=generation.number, workers=generation.workers)
+            except StartError as error:
+                if not self._stop.is_set():
+                    self._reload_failed(str(error))
+                return str(error)
+            finally:
+                if not self._stop.is_set():
+                    self._notifier.ready(f"generation {self._newest()}")
+            return ""
 
-    def _asked_to_reload(self) -> None:
-        """SIGHUP; one that comes during a reload is for a file that may have been read already."""
-        if self._stop.is_set():
-            return
-        if self._reloading is not None:
-            self._reload_again = True
-        else:
-            self._spawn(self._reload_and_again())
+    def _reload_failed(self, error: str) -> None:
+        self._reason = f"reload failed: {error}"
+        _say(error)
+        metrics.counter("gateway_reloads_total", result="failed").add()
+        self._log("error", "reload_failed", error=error, generation=self._newest())
 
-    async def _reload_and_again(self) -> None:
-        await self.reload()
-        while self._reload_again and not self._stop.is_set():
-            self._reload_again = False
-            await self.reload()
+    async def _replace(self, lived: float) -> None:
+        """The one that served was killed: its workers serve what they have, a new one accepts."""
+        pause = 0.0 if lived >= LIVED_SECONDS else 1.0
+        while not self._stop.is_set() and not self._newest():
+            await asyncio.sleep(pause)
+            pause = min(LONGEST_PAUSE, 2 * pause or 1.0)
+            async with self._turn:
+                pass  # a reload that is under way may do
+            if not self._newest():
+                await self.reload()
 
     def _newest(self) -> int:
         return max((one.number for one in self._generations if one.state == "serving"), default=0)
+
+    # -- children that end ----------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        """SIGCHLD: generations, embedded servers, and workers whose generation was killed."""
+        for generation in self._generations:
+            if generation.state != "ended" and generation.process.returncode is None:
+                if generation.process.poll() is not None:
+                    self._bury(generation)
+        own = {one.process.pid for one in self._generations if one.process.returncode is None}
+        while (pid := _ended_child()) and pid not in own:
+            os.waitpid(pid, 0)
+            self._holdings.rows.reaped(pid)
+        self._changed.set()
+
+    def _bury(self, generation: Generation) -> None:
+        generation.channel.hear(lambda message: self._heard(generation, message))  # its last words
+        was, status = generation.state, generation.process.returncode
+        generation.settle(f"gateway: the new process ended with status {status}; its standard error says why")
+        generation.state = "failed" if was in ("starting", "failed") else "ended"
+        generation.close()
+        self._holdings.rows.give_back(generation.rows)
+        self._questions.without(generation, "the generation has ended")
+        self._count_states()
+        if was == "serving" and not self._stop.is_set():
+            self._log("critical", "generation_died", generation=generation.number, status=status)
+            if self._replacing is None or self._replacing.done():
+                self._replacing = self._spawn(self._replace(time.time() - generation.started))
+        elif was == "draining":
+            self._log("info", "generation_ended", generation=generation.number)
+            self._spawn(self._let_servers_go())
+        over = [one for one in self._generations if one.process.returncode is not None]
+        for one in over[:-5]:  # the last few are shown
+            self._generations.remove(one)
 
     # -- what generations say -------------------------------------------------------------------------------
 
     def _heard(self, generation: Generation, message: Message) -> None:
         match message["op"]:
             case "open":
-                self._spawn(self._open(generation, message))
+                if not generation.asked:  # afterwards it is no longer trusted with what only root may do
+                    generation.asked = True
+                    generation.wish = Wish.of(message)
+                    self._spawn(self._open(generation))
             case "ready":
                 generation.workers = int(str(message["workers"]))
-                _settle(generation.begun, "")
+                generation.settle("")
             case "failed":
-                _settle(generation.begun, str(message["error"]))
+                generation.settle(str(message["error"]))
             case "ask":
                 self._spawn(self._ask_for(generation, message))
             case "answers":
-                self._answered(generation, message)
+                self._questions.answered(message["id"], generation, cast("list[Json]", message["answers"]))
 
-    async def _open(self, generation: Generation, message: Message) -> None:
+    async def _open(self, generation: Generation) -> None:
         """Bind what the configuration wants and is not held yet, and hand over."""
         try:
-            opened, sockets = await self._opened(generation, message)
+            handed = await self._holdings.hand_over(generation.wish, lambda: generation.state == "starting")
+            generation.hand(handed)
         except (StartError, OSError) as error:
             generation.channel.send({"op": "refused", "error": str(error)})
-            return
-        generation.channel.send(opened)
-        await asyncio.get_running_loop().run_in_executor(None, send_sockets, generation.over, sockets)
-        generation.over.close()
-
-    async def _opened(self, generation: Generation, message: Message) -> tuple[Message, list[socket.socket]]:
-        identity = cast("list[int] | None", message["identity"])
-        owner = None if identity is None else (identity[0], identity[1])
-        listeners = cast("list[Message]", message["listeners"])
-        groups = self._held.get([plan_of(one) for one in listeners], owner=owner)
-        notes: list[str] = []
-        generation.places = []
-        for address in (self._admin_address(message), message["metrics"]):
-            groups.append([] if address is None else self._place(generation, str(address), message, owner, notes))
-        embedded = cast("list[str]", message["embedded"])
-        addresses = {url: await self._embed(url, identity) for url in embedded}
-        generation.listeners, generation.embedded = listeners, embedded
-        generation.files = cast("list[str]", message["files"])
-        generation.drain = float(str(message["drain"]))
-        generation.rows = [self._free.pop(0) for _ in range(int(str(message["rows"])))]
-        opened: Message = {
-            "op": "opened",
-            "sockets": [len(group) for group in groups],
-            "rows": list(generation.rows),
-            "embedded": addresses,
-            "notes": notes,
-            "secret": self._secret.hex(),
-            "sticky": list(self._sticky.values()),
-        }
-        return opened, [sock for group in groups for sock in group]
-
-    def _admin_address(self, message: Message) -> Json:
-        return f"unix:{place.default_socket()}" if message["admin_default"] else message["admin"]
-
-    def _place(
-        self, generation: Generation, address: str, message: Message, owner: tuple[int, int] | None, notes: list[str]
-    ) -> list[socket.socket]:
-        """The socket of the admin API or the metrics; the default one is done without where it cannot be had."""
-        generation.places.append(address)
-        if address not in self._places:
-            try:
-                self._places[address] = place.bound(address, int(str(message["admin_mode"])))
-                if address.startswith("unix:") and owner is not None and os.geteuid() == 0:
-                    os.chown(address.removeprefix("unix:"), *owner)
-            except OSError as error:
-                text = f"{address}: cannot listen: {error.strerror or error}"
-                if not message["admin_default"] or address == message["metrics"]:
-                    raise StartError(text) from None
-                notes.append(f"no admin API: {text}; write `admin: unix:/path` or `admin: off` below `process`")
-                return []
-        return [self._places[address]]
-
-    async def _embed(self, url: str, identity: list[int] | None) -> str:
-        """The embedded server of this URL, started at its first use; its address. Raises StartError."""
-        server = self._embedded.get(url)
-        if server is not None and server.running:
-            return server.address
-        account = None if identity is None else (identity[0], identity[1], tuple(identity[2:]))
-        server = EmbeddedServer(account=account)
-        folder = url.removeprefix("embedded://")
-        try:
-            address = await asyncio.get_running_loop().run_in_executor(None, server.start, folder)
-        except (OSError, RuntimeError, TimeoutError) as error:
-            raise StartError(f"{url}: the embedded server does not start: {error}") from None
-        self._embedded[url] = server
-        return address
-
-    def _from_systemd(self, plan: object) -> list[socket.socket]:
-        from gateway.pipeline.plan import ListenerPlan
-
-        assert isinstance(plan, ListenerPlan)
-        found = systemd.match(self._inherited, plan.host, plan.port, plan.path)
-        return [found] if found is not None else []
-
-    def _lost(self, generation: Generation) -> None:
-        """Its channel is closed: it ended, or is about to."""
-        self._spawn(self._buried(generation))
-
-    async def _buried(self, generation: Generation) -> None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, generation.process.wait, 10)
-        except subprocess.TimeoutExpired:
-            generation.process.kill()
-            generation.process.wait()
-        was, generation.state = generation.state, "ended"
-        status = generation.process.returncode
-        _settle(generation.begun, f"gateway: the new process ended with status {status}; its standard error says why")
-        generation.channel.close()
-        generation.over.close()
-        if was == "failed":
-            generation.state = "failed"
-        if was in ("starting", "failed"):
-            self._free += generation.rows
-        else:
-            self._recover_rows(generation)
-        for asked in tuple(self._asked.values()):
-            self._without(asked, generation)
-        generation.gone.set()
-        if was == "serving" and not self._stop.is_set():
-            self._log("critical", "generation_died", generation=generation.number, status=status)
-            self._spawn(self._replace_generation())
-        elif was == "draining":
-            self._log("info", "generation_ended", generation=generation.number)
-        self._forget(generation)
-
-    def _recover_rows(self, generation: Generation) -> None:
-        """Its counters stay; rows whose process still runs (the generation itself was killed) are free later."""
-        for index in generation.rows:
-            row = self._map.row(index)
-            if _is_gone(row.owner):
-                row.clear_gauges()
-                self._free.append(index)
-
-    def _forget(self, generation: Generation) -> None:
-        ended = [one for one in self._generations if one.state in ("ended", "failed")]
-        for one in ended[:-5]:  # the last few are shown
-            self._generations.remove(one)
-        used = {url for one in self._generations if one.state not in ("ended", "failed") for url in one.embedded}
-        for url in [url for url in self._embedded if url not in used]:
-            if self._newest():
-                self._spawn(_in_thread(self._embedded.pop(url).stop))
-
-    async def _replace_generation(self) -> None:
-        """The one that served was killed: its workers serve what they have, a new one accepts."""
-        while not self._stop.is_set() and not self._newest():
-            generation = await self.reload()
-            if not generation.error:
-                return
-            await asyncio.sleep(REBORN_PAUSE)
-
-    def _reap(self) -> None:
-        """SIGCHLD: children that are nobody's news but ours."""
-        for generation in self._generations:
-            generation.process.poll()
-
-    # -- questions ------------------------------------------------------------------------------------------
+        except BaseException:
+            generation.settle("gateway: internal error in the supervisor; its standard error says more")
+            raise
 
     async def _ask_for(self, generation: Generation, message: Message) -> None:
         """A question of the admin process: answer it, or ask the workers."""
@@ -420,47 +367,20 @@ class Supervisor:
         answered([{"generation": self._newest(), "worker": -1, "result": result, "error": error}])
 
     def _ask(self, message: Message, done: Callable[[list[Json]], None]) -> None:
-        alive = [one for one in self._generations if one.state in ("serving", "draining")]
+        asked = [one for one in self._generations if one.state in ("serving", "draining")]
         if message["to"] == "one":
-            alive = [one for one in alive if one.number == self._newest()]
-        elif message["name"] in ("upstream", "log_level"):  # holds for workers to come, too
-            args = cast("Mapping[str, Json]", message["args"])
-            key = f"{message['name']} {args.get('pipeline')} {args.get('pool')} {args.get('server')}"
-            self._sticky[f"{key} weight" if args.get("action") == "weight" else key] = message
-        self._questions += 1
-        number = self._questions
-        asked = self._asked[number] = _Asked({one.number for one in alive}, [], done)
-        asked.timer = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._late, number)
-        for one in alive:
+            asked = [one for one in asked if one.number == self._newest()]
+
+        def answered(answers: list[Json]) -> None:
+            if self._decisions.note(message, answers):
+                for one in self._generations:
+                    if one.state == "serving" and one not in asked:
+                        one.channel.send({**message, "id": 0})  # it took over in the meantime
+            done(answers)
+
+        number = self._questions.ask(asked, ANSWER_SECONDS, answered)
+        for one in asked:
             one.channel.send({**message, "id": number})
-        if not alive:
-            self._finish(number)
-
-    def _answered(self, generation: Generation, message: Message) -> None:
-        asked = self._asked.get(int(str(message["id"])))
-        if asked is not None:
-            asked.answers += cast("list[Json]", message["answers"])
-            self._without(asked, generation)
-
-    def _without(self, asked: _Asked, generation: Generation) -> None:
-        asked.waiting.discard(generation.number)
-        if not asked.waiting:
-            for number in [number for number, one in self._asked.items() if one is asked]:
-                self._finish(number)
-
-    def _late(self, number: int) -> None:
-        asked = self._asked[number]
-        text = "the generation did not answer in time"
-        asked.answers += [
-            {"generation": one, "worker": -1, "result": None, "error": text} for one in sorted(asked.waiting)
-        ]
-        self._finish(number)
-
-    def _finish(self, number: int) -> None:
-        asked = self._asked.pop(number)
-        if asked.timer is not None:
-            asked.timer.cancel()
-        asked.done(asked.answers)
 
     async def _own_answer(self, name: str, args: Mapping[str, Json]) -> Json:
         """What the supervisor itself is asked. Raises StartError for what it does not know."""
@@ -468,20 +388,20 @@ class Supervisor:
             case "status":
                 return self._describe()
             case "generations":
-                return [_described(one) for one in self._generations]
+                return [one.describe() for one in self._generations]
             case "reload":
-                generation = await self.reload()
-                return {"ok": not generation.error, "generation": self._newest(), "error": generation.error}
+                error = await asyncio.shield(self.reload())
+                return {"ok": not error, "generation": self._newest(), "error": error}
             case "stop" | "drain":
                 if name == "stop" and args.get("now"):
                     self._now.set()
-                self._stop.set()
+                self._begin_to_stop()
                 return {"ok": True}
         raise StartError(f"404 the supervisor knows no {name}")
 
     def _describe(self) -> Message:
         newest = self._newest()
-        state = "draining" if self._stop.is_set() else "reloading" if self._reloading is not None else "serving"
+        state = "draining" if self._stop.is_set() else "reloading" if self._turn.locked() else "serving"
         workers: list[Json] = [
             {
                 "generation": one.number,
@@ -506,26 +426,56 @@ class Supervisor:
 
     # -- all the time ---------------------------------------------------------------------------------------
 
-    async def _tend(self) -> None:
-        """The watchdog of systemd, and renewed certificates."""
-        loop = asyncio.get_running_loop()
-        pause = min(FILES_SECONDS, self._notifier.watchdog_seconds or FILES_SECONDS)
-        look_at = loop.time() + FILES_SECONDS
-        while True:
-            self._notifier.watchdog()
-            if loop.time() >= look_at and self._watch is not None and not self._stop.is_set():
-                look_at = loop.time() + FILES_SECONDS
-                files = await loop.run_in_executor(None, self._watch.changed)
-                if files:
-                    for one in self._generations:
-                        if one.state in ("serving", "draining"):
-                            one.channel.send(files_message(files))
-            await asyncio.sleep(pause)
+    async def _look_after(self) -> None:
+        """Generations whose time is up or that are silent, questions without an answer, embedded servers."""
+        self._reap()
+        now = time.monotonic()
+        for one in self._generations:
+            if one.process.returncode is not None:
+                continue
+            if one.kill_at is not None and now >= one.kill_at:
+                one.process.kill()
+            elif one.state == "serving" and now - self._map.row(one.rows[0]).heartbeat / 1000 > SILENT_SECONDS:
+                log.critical("warning", text=f"generation {one.number} was silent for {SILENT_SECONDS:.0f} seconds")
+                one.process.kill()
+        self._questions.tend("the generation did not answer in time")
+        if not self._stop.is_set():
+            self._spawn(self._holdings.embedded.tend())
+
+    async def _say_alive(self) -> None:
+        self._notifier.watchdog()
+
+    async def _look_at_files(self) -> None:
+        """Renewed certificates."""
+        if self._watch is None or self._stop.is_set():
+            return
+        files = await asyncio.to_thread(self._watch.changed)
+        for one in self._generations if files else ():
+            if one.state in ("serving", "draining"):
+                one.channel.send(files_message(files))
 
     def _reopen(self) -> None:
+        """SIGUSR1; those that start may have their logs open already."""
         for one in self._generations:
-            if one.state in ("serving", "draining"):
+            if one.alive:
                 one.channel.send({"op": "reopen"})
+
+    def _count_states(self) -> None:
+        for state in ALIVE:
+            number = sum(one.state == state for one in self._generations)
+            metrics.gauge("gateway_generations", state=state).set(number)
+
+    def _asked_to_stop(self) -> None:
+        """SIGTERM, SIGQUIT, SIGINT: drain; a second one: now."""
+        if self._stop.is_set():
+            self._now.set()
+        self._begin_to_stop()
+
+    def _begin_to_stop(self) -> None:
+        self._stop.set()
+        for one in self._generations:
+            if one.state == "starting":
+                one.settle("gateway: the service stops")
 
     def _log(self, level: str, record: str, **fields: Json) -> None:
         """Into the log of the newest generation, which has the sinks; to standard error where there is none."""
@@ -535,92 +485,48 @@ class Supervisor:
                 return
         getattr(log, level)(record, **fields)
 
-    # -- stop -----------------------------------------------------------------------------------------------
+    def _spawn(self, coroutine: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        """A task whose end nobody has to wait for; how it fails is logged."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(cast("asyncio.Task[object]", task))
+        task.add_done_callback(self._over)
+        return task
 
-    def _asked_to_stop(self) -> None:
-        """SIGTERM, SIGQUIT, SIGINT: drain; a second one: now."""
-        if self._stop.is_set():
-            self._now.set()
-        self._stop.set()
-
-    async def _drain_all(self) -> None:
-        """Nobody listens any more; sessions go on for a while, or until somebody is impatient."""
-        alive = [one for one in self._generations if one.state in ("starting", "serving", "draining")]
-        seconds = max((one.drain for one in alive), default=0.0)
-        self._notifier.stopping("drains", seconds + STOP_AFTER)
-        for one in alive:
-            one.state = "draining"
-            one.channel.send({"op": "drain", "seconds": 0.0 if self._now.is_set() else one.drain})
-        self._held.close()
-        gone = asyncio.create_task(_all_gone(alive))
-        now = asyncio.create_task(self._now.wait())
-        done, _ = await asyncio.wait([gone, now], timeout=seconds + STOP_AFTER, return_when=asyncio.FIRST_COMPLETED)
-        if gone not in done:
-            for one in alive:
-                one.channel.send({"op": "drain", "seconds": 0.0})
-            await asyncio.wait([gone], timeout=STOP_AFTER)
-        now.cancel()
-
-    async def _end(self) -> None:
-        """Whatever is left."""
-        for one in self._generations:
-            if one.process.poll() is None:
-                one.process.terminate()
-                try:
-                    await asyncio.get_running_loop().run_in_executor(None, one.process.wait, 10)
-                except subprocess.TimeoutExpired:
-                    one.process.kill()
-                    one.process.wait()
-        for server in self._embedded.values():
-            await asyncio.get_running_loop().run_in_executor(None, server.stop)
-        self._held.close()
-        for address in tuple(self._places):
-            self._close_place(address)
-
-    def _close_place(self, address: str) -> None:
-        self._places.pop(address).close()
-        if address.startswith("unix:"):
-            try:
-                os.unlink(address.removeprefix("unix:"))
-            except OSError:
-                pass
-
-    def _spawn(self, coroutine: Coroutine[object, object, object]) -> None:
-        task: asyncio.Task[object] = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _over(self, task: asyncio.Task[T]) -> None:
+        self._tasks.discard(cast("asyncio.Task[object]", task))
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal_error", error=f"{type(error).__name__}: {error}", exc_info=error)
 
 
-def _settle(future: asyncio.Future[str], text: str) -> None:
-    if not future.done():
-        future.set_result(text)
+async def _every(seconds: float, call: Callable[[], Awaitable[None]]) -> None:
+    """Again and again; what goes wrong is logged."""
+    while True:
+        try:
+            await call()
+        except Exception as error:
+            log.exception("internal_error", error=f"{type(error).__name__}: {error}")
+        await asyncio.sleep(seconds)
 
 
-async def _all_gone(generations: Sequence[Generation]) -> None:
-    for generation in generations:
-        await generation.gone.wait()
+def _missing(generation: Generation, why: str) -> Json:
+    return {"generation": generation.number, "worker": -1, "result": None, "error": why}
 
 
-async def _in_thread(call: Callable[[], None]) -> None:
-    await asyncio.get_running_loop().run_in_executor(None, call)
-
-
-def _is_gone(pid: int) -> bool:
+def _ended_child() -> int:
+    """A child that has ended and is yet to be reaped; 0 if there is none."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return pid == 0
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
+    return found.si_pid if found is not None else 0
 
 
-def _described(generation: Generation) -> Message:
-    return {
-        "generation": generation.number,
-        "pid": generation.process.pid,
-        "started": generation.started,
-        "state": generation.state,
-        "workers": generation.workers,
-        "error": generation.error,
-    }
+def _kill(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _say(text: str) -> None:
+    """To whoever started us, if they still listen."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)

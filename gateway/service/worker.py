@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import select
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ ID_LETTERS = ID_ALPHABET * 8  # a letter for each octet
 LEARN_TIMEOUT = 5.0
 GOODBYE_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # at a stop: a client that says nothing for so long has nothing under way
+WAITING_SECONDS = 1.0  # at the last stop: for those who connected and were not accepted yet
 GOODBYES_A_SECOND = 50.0  # at a stop: as many clients a worker may come back at once
 SPREAD_SHARE = 0.6  # of the time for a stop: the rest is for those that were told last
 
@@ -141,9 +143,7 @@ class ServedPipeline:
         for listener, found in zip(self.plan.listeners, sockets, strict=True):
             self.sockets += [(listener, sock) for sock in found]
 
-    async def prepare(
-        self, store: Store, profiles: ProfileStore, embedded: Mapping[str, str] | None = None
-    ) -> None:
+    async def prepare(self, store: Store, profiles: ProfileStore, embedded: Mapping[str, str] | None = None) -> None:
         """Embedded upstreams, pools, stages. Raises StartError.
 
         `embedded`: where those are that run already, by their URLs; None: they are started here.
@@ -152,9 +152,7 @@ class ServedPipeline:
         loop = asyncio.get_running_loop()
         try:
             pools = {
-                name: Pool(
-                    name, self._settings(name, embedded), clock=loop.time, store=profiles, pipeline=plan.name
-                )
+                name: Pool(name, self._settings(name, embedded), clock=loop.time, store=profiles, pipeline=plan.name)
                 for name in plan.pools
             }
         except ValueError as error:
@@ -439,6 +437,17 @@ class Worker:
                 grade=pipeline.plan.grade,
                 stages=[stage.id for stage in pipeline.plan.chain.stages],
             )
+
+    async def accept_waiting(self) -> None:
+        """Let in whoever waits in a backlog: nobody will after us, and the kernel resets those whom nobody accepted."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + WAITING_SECONDS
+        waiting = select.poll()
+        for pipeline in self.pipelines:
+            for _, sock in pipeline.sockets:
+                waiting.register(sock, select.POLLIN)
+        while waiting.poll(0) and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0)  # some loops accept one at a time
 
     def hurry(self) -> None:
         """While it closes: do not wait any longer."""

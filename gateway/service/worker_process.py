@@ -42,7 +42,9 @@ class WorkerProcess(Child):
         await self.worker.accept()
 
     async def close(self) -> None:
-        """Drain."""
+        """Drain. At a stop clients whose connection is made, and waits to be accepted, get a goodbye, no reset."""
+        if self.last and self.grace:
+            await self.worker.accept_waiting()
         await self.worker.close(self.grace)
 
     def hurry(self) -> None:
@@ -81,4 +83,3 @@ class WorkerProcess(Child):
 
 def _teller(channel: Channel, pipeline: str, pool: str) -> Teller:
     return lambda news: channel.send({"op": "news", "pipeline": pipeline, "pool": pool, "news": news})
-

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -28,18 +29,24 @@ class EmbeddedServer:
     """One embedded upstream; needs no event loop.
 
     `account`: user id, group id and supplementary groups that it runs as where we are root; the Maildir, if it is new,
-    and the socket's folder are given to it.
+    and the socket's folder are given to it. `environment` is what it has instead of ours.
     """
 
     def __init__(
-        self, hostname: str = "sink.localhost", *, account: tuple[int, int, tuple[int, ...]] | None = None
+        self,
+        hostname: str = "sink.localhost",
+        *,
+        account: tuple[int, int, tuple[int, ...]] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._hostname = hostname
+        self._environment = environment
         self._account = account if os.geteuid() == 0 else None
         self.address = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline: socket.socket | None = None
         self._folder = ""
+        self._made: tuple[int, int] | None = None  # the folder's device and inode
 
     @property
     def pid(self) -> int | None:
@@ -52,17 +59,15 @@ class EmbeddedServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self, maildir: str | os.PathLike[str], timeout: float = START_TIMEOUT) -> str:
-        """Start it and wait until it listens: its address, `unix:/path`.
+        """Start it and wait until it listens: its address, `unix:/path`; one that has ended has it again.
 
         Raises RuntimeError if it ends instead, with its reason, TimeoutError if it is not ready in time; nothing of
-        it is left then.
+        it is left then but the address of one that had started before.
         """
-        if self._process is not None:
+        if self.running:
             raise RuntimeError("the embedded server is started already")
-        self._folder = tempfile.mkdtemp(prefix="gateway-sink-")
-        if len(self._folder) > _LONGEST_PATH:
-            os.rmdir(self._folder)
-            self._folder = tempfile.mkdtemp(prefix="gateway-sink-", dir="/tmp")
+        self._end()
+        self._make_folder()
         if self._account is not None:
             os.chown(self._folder, *self._account[:2])
             _give(Path(maildir), self._account)
@@ -79,7 +84,7 @@ class EmbeddedServer:
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={**(os.environ if self._environment is None else self._environment), "PYTHONPATH": path},
                     user=self._account[0] if self._account is not None else None,
                     group=self._account[1] if self._account is not None else None,
                     extra_groups=self._account[2] if self._account is not None else None,
@@ -87,11 +92,18 @@ class EmbeddedServer:
             self.address = self._announced(self._lifeline, timeout)
             return self.address
         except BaseException:
-            self.stop()
+            self._end()
+            if not self.address:
+                self._remove_folder()
             raise
 
     def stop(self) -> None:
         """End it, by its own process id. Idempotent."""
+        self._end()
+        self._remove_folder()
+        self.address = ""
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         lifeline, self._lifeline = self._lifeline, None
         if process is not None:
@@ -104,9 +116,33 @@ class EmbeddedServer:
                 process.wait()
         if lifeline is not None:
             lifeline.close()
+
+    def _make_folder(self) -> None:
+        """Of our own for the socket; the same name again for one that was ours, and is gone with its server."""
         if self._folder:
+            if self._is_ours():
+                return
+            os.mkdir(self._folder, 0o700)  # raises FileExistsError if somebody else has it now
+        else:
+            self._folder = tempfile.mkdtemp(prefix="gateway-sink-")
+            if len(self._folder) > _LONGEST_PATH:
+                os.rmdir(self._folder)
+                self._folder = tempfile.mkdtemp(prefix="gateway-sink-", dir="/tmp")
+        made = os.lstat(self._folder)
+        self._made = (made.st_dev, made.st_ino)
+
+    def _is_ours(self) -> bool:
+        """Whether the folder of that name is the one that we made."""
+        try:
+            found = os.lstat(self._folder)
+        except FileNotFoundError:
+            return False
+        return (found.st_dev, found.st_ino) == self._made
+
+    def _remove_folder(self) -> None:
+        if self._folder and self._is_ours():
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = ""
+        self._folder = ""
 
     def _announced(self, lifeline: socket.socket, timeout: float) -> str:
         deadline = time.monotonic() + timeout

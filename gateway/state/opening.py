@@ -27,7 +27,7 @@ async def open_store(settings: StoreSettings, *, clock: Callable[[], float], own
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "redis":
             raise
-        raise StoreError("a redis store needs the package redis: install gateway[redis]") from None
+        raise StoreError("a redis store needs the package redis: pip install 'mail-gateway[redis]'") from None
     redis = RedisStore(settings, owner=owner)
     await redis.open()
     return WatchedStore(redis, settings.kind)

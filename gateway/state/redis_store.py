@@ -92,7 +92,7 @@ class RedisStore:
     """
 
     def __init__(
-        self, settings: StoreSettings, *, owner: str, verify: bool = True, heartbeat: float = 5.0, lease: float = 15.0
+        self, settings: StoreSettings, *, owner: str, verify: bool = True, heartbeat: float = 2.0, lease: float = 6.0
     ) -> None:
         place = parse_url(settings.url, password=settings.password, ca_file=settings.ca_file, verify=verify)
         self._servers: Servers = servers_at(place, settings.timeout)

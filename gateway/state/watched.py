@@ -16,7 +16,7 @@ from gateway.state.store import Entry, Hit, ImmediateStore, Lease, Store, StoreE
 log = structlog.get_logger("gateway.store")
 
 T = TypeVar("T")
-GIVEN_UP: Final = 0.5
+GIVEN_UP: Final = 0.1
 """Seconds: a call that is cancelled later than that was given up for the stage's time-out, and counts as failed."""
 _Operation = Literal["hit", "hold", "get", "put", "entries", "clear"]
 _OPERATIONS: Final[tuple[_Operation, ...]] = ("hit", "hold", "get", "put", "entries", "clear")
@@ -76,9 +76,9 @@ class WatchedStore:
             waited = perf_counter() - begun
             if waited < GIVEN_UP:
                 raise
-            error = StoreError(f"no answer for {waited:.1f} s", "timeout")
-            self._failed(operation, error, begun)
-            raise given_up from error  # for `is_logged`
+            timeout = StoreError(f"no answer for {waited:.1f} s", "timeout")
+            self._failed(operation, timeout, begun)
+            raise given_up from timeout  # for `is_logged`
         finally:
             self._seconds[operation].observe(perf_counter() - begun)
         if self._down_since is not None and begun >= self._down_since:

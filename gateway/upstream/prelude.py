@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import structlog
 
 from gateway.observe import metrics
+from gateway.observe.traces import TracedSession
 from gateway.upstream.connection import UpstreamConnection, UpstreamError
 from gateway.upstream.dial import ClientRefused, LoopDetected, dial
 from gateway.upstream.pool import Pool, PoolBusy, PoolDown
@@ -237,6 +238,10 @@ async def _open_new(server: Server, opening: _Opening) -> UpstreamConnection | R
         raise
     finally:
         _count(pool, server, opened, result, perf_counter() - begun)
+        if isinstance(session, TracedSession):
+            target = server.target
+            place = (target.path, 0) if target.path else (target.host, target.port)
+            session.trace.connected(pool.name, *place, result, begun, session.open_transaction)
         if opened is None:
             pool.release(server)
 

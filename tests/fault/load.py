@@ -25,16 +25,20 @@ Fate = Literal["acknowledged", "refused", "dropped"]
 class CountingSink:
     """A server that takes everything and throws it away; `taken` counts the messages of each recipient.
 
-    A message is counted before it is acknowledged. It listens on a unix socket, `path`.
+    A message is counted before it is acknowledged. It listens on a unix socket in the folder, or on `sock`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "sink.sock"
+    def __init__(self, folder: Path, sock: socket.socket | None = None) -> None:
+        self._path = str(folder / "sink.sock")
+        self._sock = sock
         self.taken: Counter[bytes] = Counter()
 
     async def __aenter__(self) -> CountingSink:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Taker(self.taken), str(self.path), backlog=1024)
+        if self._sock is not None:
+            self._server = await loop.create_server(lambda: _Taker(self.taken), sock=self._sock)
+        else:
+            self._server = await loop.create_unix_server(lambda: _Taker(self.taken), self._path, backlog=1024)
         return self
 
     async def __aexit__(
@@ -44,7 +48,11 @@ class CountingSink:
 
     def pool(self, **more: object) -> dict[str, object]:
         """The `upstreams` of a pipeline that has this one alone."""
-        return {"sink": {"servers": [f"smtp+unix:{self.path}"], "max_connections": 1000, **more}}
+        url = f"smtp+unix:{self._path}"
+        if self._sock is not None:
+            host, port = self._sock.getsockname()
+            url = f"smtp://{host}:{port}"
+        return {"sink": {"servers": [url], "max_connections": 1000, **more}}
 
     def twice(self) -> list[bytes]:
         """Recipients of messages that came more than once."""
@@ -109,11 +117,12 @@ async def smtp_source(port: int, name: str, messages: int, sessions: int, *optio
 class Senders:
     """Clients that send message after message, a few a connection, each once, and note what became of it.
 
-    `fates` has every message that was begun, by its recipient; `replies` the refusals.
+    They end after `messages` of them, or when told to. `fates` has every message that was begun, by its recipient;
+    `replies` the refusals.
     """
 
     port: int
-    messages: int
+    messages: int = sys.maxsize
     each: int = 5
     fates: dict[bytes, Fate] = field(default_factory=dict)
     replies: Counter[str] = field(default_factory=Counter)
@@ -122,6 +131,10 @@ class Senders:
     async def send(self, clients: int) -> None:
         """All of them, by so many clients at a time."""
         await asyncio.gather(*(self._client() for _ in range(clients)))
+
+    def stop(self) -> None:
+        """After the messages that are under way."""
+        self.messages = 0
 
     def of(self, fate: Fate) -> set[bytes]:
         """The recipients of all messages with this fate."""

@@ -119,9 +119,8 @@ class Service:
         """Process ids of the newest generation's workers by their numbers, once all of them run."""
         async with asyncio.timeout(LIMIT):
             while True:
-                found = await self.ask("status")
-                assert isinstance(found, dict)
-                info, stats = found["info"], found["stats"]
+                info = json.loads((await self.api("/info"))[1])
+                stats = json.loads((await self.api("/stats"))[1])
                 pids = [one["pid"] for one in info["workers"] if one["generation"] == info["generation"]]
                 said = {one["pid"] for one in stats["workers"]}
                 if all(pid in said for pid in pids):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import pytest
 
 from gateway import Attempt, Authenticated, Kind, Session, Stage
+from gateway.observe import recent
 from gateway.testing.gateway import Gateway, free_port, running
 from tests.fault.baseline import unchanged
 from tests.fault.client import Client, Way, connected
@@ -256,6 +257,7 @@ async def test_clients_that_leave_leave_no_memory_behind(
                 for number in range(visits):
                     await visit(point, ways[number % len(ways)], gateway, upstream, client_tls)
             upstream.commands.clear()
+            recent.records.clear()  # the last 2,000 are kept
             gc.collect()
             # asyncio keeps some cancelled timers, with their contexts, until there are a hundred of them
             return sum(not isinstance(one, (asyncio.TimerHandle, Context)) for one in gc.get_objects())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import sys
@@ -56,9 +57,12 @@ async def test_a_reload_lets_a_transaction_end(tmp_path: Path) -> None:
 
 
 async def test_an_accepted_client_gets_its_message_through_a_reload(tmp_path: Path) -> None:
-    async with service(tmp_path, SINK) as running:
+    async with service(tmp_path, {**SINK, "limits": {"junk_commands": 1_000_000}}) as running:
         client = await running.client()
-        await running.reload()
+        reload = asyncio.create_task(running.reload())
+        while not reload.done():
+            assert (await client.say("NOOP")).startswith("250")  # who says nothing for two seconds has no turn
+        await reload
         assert (await sent(client)).startswith("250 2.0.0")
         assert (await client.say("QUIT")).startswith("221")
 
@@ -135,10 +139,13 @@ async def test_a_generation_that_is_killed_is_replaced(tmp_path: Path) -> None:
     """Its workers serve what they have, and a new generation accepts."""
     async with service(tmp_path, SINK) as running:
         client = await running.client()
+        assert (await client.say("MAIL FROM:<a@example.org>")).startswith("250")
         os.kill(running.generations()[0], signal.SIGKILL)
         await running.until(lambda: any('"generation_died"' in line for line in running.lines))
         await running.until(lambda: bool(running.all("reload")))
-        assert (await sent(client)).startswith("250")
+        assert (await client.say("RCPT TO:<b@example.org>")).startswith("250")
+        assert (await client.say("DATA")).startswith("354")
+        assert (await client.say("x\r\n.")).startswith("250")
         assert (await sent(await running.client())).startswith("250")
 
 
@@ -151,7 +158,22 @@ async def test_a_supervisor_that_is_killed_leaves_nobody_in_the_middle(tmp_path:
         assert (await client.say("RCPT TO:<b@example.org>")).startswith("250")
         client.writer.close()
         await running.ended()  # standard error is closed: nobody has it any more
-        assert not [pid for pid in family if alive(pid)]
+        for pid in family:
+            await gone(pid)
+
+
+async def gone(pid: int) -> None:
+    """The process has ended, or does so now (pidfd_open(2))."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        async with asyncio.timeout(LIMIT):
+            await asyncio.to_thread(select.select, [descriptor], [], [], LIMIT)
+        assert not alive(pid)
+    finally:
+        os.close(descriptor)
 
 
 async def refused(port: int) -> None:

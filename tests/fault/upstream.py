@@ -31,10 +31,11 @@ class Upstream:
         self.messages: list[bytes] = []
         self.commands: list[bytes] = []
         self.connections = 0
+        self.port = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Upstream:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=1 << 16)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, limit=1 << 16)
         self.port = int(self._server.sockets[0].getsockname()[1])
         return self
 
@@ -45,6 +46,10 @@ class Upstream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Die; `async with` again is the return, at the same port."""
+        await self.__aexit__(None, None, None)
 
     def pool(self, **more: object) -> dict[str, object]:
         """The `upstreams` of a pipeline that has this one alone."""

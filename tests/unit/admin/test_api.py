@@ -115,6 +115,17 @@ async def test_sums_over_workers(hub: FakeHub, served: Served) -> None:
     assert stats["counters"]["gateway_a_total"] == 5 and "gateway_b" not in stats["counters"]
 
 
+async def test_numbers_while_every_worker_is_replaced(hub: FakeHub, served: Served) -> None:
+    """Then of all times they are wanted."""
+    counters = CounterMap.create(rows=2)
+    counters.row(0).slot("gateway_a_total").add(7)
+    hub.answers["stats"] = "!the worker ended"
+    async with served(counters=counters) as client:
+        status, stats = await said(client, "GET", "/stats")
+    assert (status, stats["sessions"], stats["workers"], len(stats["missing"])) == (200, 0, [], 3)
+    assert stats["counters"]["gateway_a_total"] == 7
+
+
 async def test_certificates(hub: FakeHub, served: Served) -> None:
     now = time.time()
     hub.answers["certs"] = [{"chain": name, "not_after": now + days * 86_400 + 60} for name, days in (("b", 9), ("a", -2))]

@@ -37,7 +37,7 @@ async def test_without_the_redis_package(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in [name for name in sys.modules if name.partition(".")[0] == "redis" or "state.redis" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(StoreError, match=r"install gateway\[redis\]"):
+    with pytest.raises(StoreError, match=r"pip install .mail-gateway\[redis\]"):
         await open_store(StoreSettings("redis", url="redis://localhost"), clock=lambda: 0.0, owner="w")
 
 
