@@ -74,6 +74,7 @@ class Generation:
         self.reported = False
         self.status = 0
         self._told_to_end = False
+        self._admin_told = False
         self._early: list[Message] = []  # came while something else was waited for
         self._news: dict[tuple[str, ...], Message] = {}
         self._decisions = Decisions()
@@ -225,6 +226,14 @@ class Generation:
             self._questions.without(child, "the worker ended")
             if not self.reported and self.draining_until is None:
                 self.fail(f"{child.role} {child.number} ended while it started: {how}")
+        if self.draining_until is not None and all(child.role == "admin" for child in self.children.running):
+            self._end_admin()
+
+    def _end_admin(self) -> None:
+        for child in self.children.running:
+            if not self._admin_told:
+                child.channel.send({"op": "drain", "seconds": 0.0, "last": True})
+                self._admin_told = True
 
     def _tend(self) -> None:
         now = time.monotonic()
@@ -335,7 +344,11 @@ class Generation:
         self.draining_until = min(self.draining_until or until, until)
         for child in self.children.running:
             child.state = "draining"
-        self._tell_all({"op": "drain", "seconds": seconds, "last": last})
+        message: Message = {"op": "drain", "seconds": seconds, "last": last}
+        stays = "admin" if last and seconds else ""  # it shows what a stop waits for, and ends after the workers
+        for child in self.children.running:
+            if child.role != stays:
+                child.channel.send(message)
         self.given.close(mail=True, admin=True)
         certificates.set_expiry_gauges([])
 

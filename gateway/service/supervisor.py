@@ -413,12 +413,13 @@ class Supervisor:
             for one in self._generations
             if one.state in ("serving", "draining")
             for number, row in enumerate(one.rows[2:])
+            if one.state == "serving" or self._map.row(row).owner  # where it drains they end one by one
         ]
         return {
             "pid": os.getpid(),
             "started": self._started,
             "generation": newest,
-            "state": state if newest else "starting",
+            "state": state if newest or state == "draining" else "starting",
             "reason": self._reason,
             "restarts": metrics.total("gateway_worker_restarts_total"),
             "workers": workers,

@@ -234,6 +234,15 @@ def sockets_of(pid: int) -> int:
     return sum(link.startswith("socket:") or link.endswith("(deleted)") for link in links)
 
 
+async def sockets_at_rest(running: Service) -> int:
+    """Of the worker, once it has ended its first talk with the upstreams."""
+    (worker, _), before = running.workers(), -1
+    while (now := sockets_of(worker)) != before:
+        before = now
+        await running.ask("status")
+    return now
+
+
 @asynccontextmanager
 async def site(
     folder: Path,
@@ -273,7 +282,7 @@ async def site(
             files[-1].write_text(yaml.safe_dump(document))
         unused = {"name": "unused", "listen": [f"smtp://{host}:{free_port()}"], "stages": ["splice"], **EMBEDDED}
         async with service(folder, unused, *map(str, files), command=[*prefix, *GATEWAY]) as running:
-            yield Site(running, ports, sockets_of(running.workers()[0]))
+            yield Site(running, ports, await sockets_at_rest(running))
         store.close()
 
 
