@@ -19,9 +19,10 @@ import trustme
 import gateway
 from gateway.service import privileges
 from tests.fault.client import Client
+from tests.fault.reachable import for_everybody
 from tests.fault.service import GATEWAY, Service, children, service, write
 from tests.peers.process import free_port, scratch
-from tests.peers.require import missing, require_root
+from tests.peers.require import require_root
 
 HERE = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["here"])
 
@@ -63,21 +64,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def python() -> tuple[str, dict[str, str]]:
-    """A Python that nobody may run, with this gateway: its path and environment."""
-    require_root()
-    packages = [path for path in sys.path if path.endswith("site-packages")]
-    environment = {"PYTHONPATH": os.pathsep.join([*packages, str(REPOSITORY)])}
-    for found in (sys.executable, f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"):
-        if privileges.unreachable(Path(os.path.realpath(found)), privileges.resolve(NOBODY)) is not None:
-            continue
-        tried = subprocess.run(
-            [found, "-P", "-c", "import gateway.service.generation, stages.splice"], user=NOBODY, group=65534,
-            extra_groups=[], cwd="/", env={**os.environ, **environment}, capture_output=True, check=False,
-        )  # fmt: skip
-        if tried.returncode == 0:
-            return found, environment
-    return missing("no Python here that other accounts may run has what the gateway needs")
+def python() -> list[str]:
+    """This Python and its packages, as a command that every account may run."""
+    return [*for_everybody(), sys.executable]
 
 
 def privileged_port() -> int:
@@ -150,7 +139,7 @@ async def certificate(running: Service) -> bytes:
 
 @HERE
 @pytest.mark.anyio
-async def test_only_the_supervisor_is_root(folder: Path, python: tuple[str, dict[str, str]]) -> None:
+async def test_only_the_supervisor_is_root(folder: Path, python: list[str]) -> None:
     """A privileged port and a key of root's, from the start over a reload, a crash and a renewal."""
     nobody = privileges.resolve(NOBODY)
     account = (nobody.uid, nobody.gid, list(nobody.groups))
@@ -168,10 +157,9 @@ async def test_only_the_supervisor_is_root(folder: Path, python: tuple[str, dict
         "stages": ["witness", "splice"],
         "upstreams": {"sink": SINK},
     }
-    found, environment = python
-    environment = {"PYTHONPATH": f"{folder}:{environment['PYTHONPATH']}", "WITNESS": str(told)}
+    environment = {"PYTHONPATH": str(folder), "WITNESS": str(told)}
     async with service(
-        folder, pipeline, command=[found, "-m", "gateway"], environment=environment, workers=2, user=NOBODY
+        folder, pipeline, command=[*python, "-m", "gateway"], environment=environment, workers=2, user=NOBODY
     ) as running:
         running.port = port
         no_rights(running, *account)
@@ -212,11 +200,10 @@ async def test_only_the_supervisor_is_root(folder: Path, python: tuple[str, dict
 
 @HERE
 @pytest.mark.anyio
-async def test_an_account_that_is_but_a_number(folder: Path, python: tuple[str, dict[str, str]]) -> None:
-    found, environment = python
+async def test_an_account_that_is_but_a_number(folder: Path, python: list[str]) -> None:
     pipeline = {"stages": ["splice"], "upstreams": {"sink": SINK}}
     async with service(
-        folder, pipeline, command=[found, "-m", "gateway"], environment=environment, workers=2, user=54321, group=54322
+        folder, pipeline, command=[*python, "-m", "gateway"], workers=2, user=54321, group=54322
     ) as running:
         no_rights(running, 54321, 54322, [54322])
         client = await running.client()
@@ -254,15 +241,13 @@ def test_accounts_that_are_refused(folder: Path, process: dict[str, object], sai
     assert not (folder / "state").exists() and not (folder / "mail").exists()
 
 
-def test_an_installation_that_the_account_cannot_read(folder: Path, python: tuple[str, dict[str, str]]) -> None:
+def test_an_installation_that_the_account_cannot_read(folder: Path, python: list[str]) -> None:
     """Found before anything is given away, and said with what to do."""
-    found, environment = python
     closed = folder / "closed"
     closed.mkdir(mode=0o700)
     (closed / "gateway").symlink_to(REPOSITORY / "gateway")
     (closed / "stages").symlink_to(REPOSITORY / "stages")
-    environment = {"PYTHONPATH": f"{closed}:{environment['PYTHONPATH']}"}
-    said = refused(folder, [found, "-m", "gateway"], environment, user=NOBODY)
+    said = refused(folder, [*python, "-m", "gateway"], {"PYTHONPATH": str(closed)}, user=NOBODY)
     assert f"process.user: nobody cannot read {closed}, where the gateway is installed: install it where all" in said
 
 
