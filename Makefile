@@ -52,6 +52,8 @@ bench: $(STAMP) peers
 	$(BIN)/python -m bench
 
 soak: $(STAMP) peers
+	GATEWAY_SOAK=1 GATEWAY_REQUIRE_PEERS=1 $(BIN)/pytest -n 0 -rP tests/fault/test_service_load.py \
+	  tests/fault/test_service_peers.py tests/fault/test_service_slow.py tests/interop/test_exactness.py
 	$(BIN)/python -m bench --soak
 
 docs: $(STAMP)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import pwd
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,6 +282,14 @@ def parse_path(value: object, info: ValidationInfo) -> Path:
     return Path(os.path.abspath(Path(context.get("folder", ".")) / Path(value).expanduser()))
 
 
+def _own_account() -> str:
+    """Who this process is: root gives its rights up before it reads what stages name."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user id {os.geteuid()}"
+
+
 def parse_file(value: object, info: ValidationInfo) -> Path:
     """The absolute path of a file that exists and can be read. Raises NotA."""
     path = parse_path(value, info)
@@ -291,7 +300,7 @@ def parse_file(value: object, info: ValidationInfo) -> Path:
     if not path.is_file():
         raise NotA(kind, example, f"{shown(str(value))} is not a file", "write the path of a file")
     if not os.access(path, os.R_OK):
-        raise NotA(kind, example, f"{shown(str(value))} cannot be read", "check its permissions")
+        raise NotA(kind, example, f"{shown(str(value))} cannot be read by {_own_account()}", "check its permissions")
     return path
 
 

@@ -14,7 +14,8 @@ METRICS_TEXT = """
 `metrics: HOST:PORT` serves them to Prometheus at `/metrics`; the admin socket does too. They count for the service as a
 whole: all workers, those of earlier configurations that still have sessions, and those that died. Counters begin at 0
 when the service is started, and never fall while it runs. A series is there once it was counted, or once the pipeline
-that it belongs to is served. Seconds and octets are whole units; sums of seconds have microseconds.
+that it belongs to is served; counters without labels, reloads and restarts of workers are there from the start. Seconds
+and octets are whole units; sums of seconds have microseconds.
 """
 
 LABELS_TEXT = """

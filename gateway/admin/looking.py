@@ -92,7 +92,7 @@ class Looking:
         answers = merge.given(await ask(self.hub, "session", {"id": id}, "workers"))
         known = [answer for answer in answers if answer["result"] is not None]
         if not known:
-            raise Refusal(404, f"no session {id}")
+            raise Refusal(404, f"no session {id} is open or ended lately; the log may have it")
         answer = known[0]
         found = dict(cast(Mapping[str, Json], answer["result"]))
         return web.json_response({**found, "worker": answer["worker"], "generation": answer["generation"]})

@@ -77,6 +77,7 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(str(path)) == 0:
+        probe.setblocking(False)  # a full backlog would hold us up: somebody listens then
+        if probe.connect_ex(str(path)) in (0, errno.EAGAIN):
             raise OSError(errno.EADDRINUSE, "another process listens there", str(path))
     path.unlink()

@@ -56,7 +56,8 @@ class _Statuses(click.Group):
         try:
             return super().invoke(ctx)
         except Refused as error:
-            click.echo("\n".join(f"gateway: {shown(line)}" for line in str(error).splitlines()), err=True)
+            for line in str(error).splitlines():
+                click.echo(f"gateway: {shown(line.removeprefix('gateway: '))}", err=True)
             raise SystemExit(1) from None
         except Unreachable as error:
             click.echo(f"gateway: {shown(str(error))}", err=True)
@@ -101,7 +102,8 @@ def command(ctx: click.Context, path: Path | None, url: str, token_file: Path | 
         try:
             token = token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise click.UsageError(f"--token-file {token_file}: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else "is not text"
+            raise click.UsageError(f"--token-file {token_file}: {reason}") from None
     ctx.obj = Control(Client(path, url, token), as_json)
 
 
@@ -138,7 +140,7 @@ def stop(control: Control, now: bool) -> None:
 @_command(command, "log-level")
 @click.argument("level", type=click.Choice(LEVELS))
 def log_level(control: Control, level: str) -> None:
-    """Log less or more, until the next reload; `default` is what the configuration says."""
+    """Log less or more until a restart, over reloads too; `default` is what the configuration says."""
     answer = control.client.post("/log-level", {"level": level})
     control.print(answer, text=f"log level {level}")
     control.warn(answer)
@@ -254,9 +256,9 @@ def upstreams(control: Control) -> None:
 @click.argument("weight", type=click.IntRange(0, 1000), required=False)
 @click.option("--pipeline", default=None, help="Only there, where several have a pool of this name.")
 def upstream(control: Control, server: str, action: str, weight: int | None, pipeline: str | None) -> None:
-    """Give a server no new connections (drain), take it back (ready), or change its weight until the next reload.
+    """Give a server no new sessions (drain), take it back (ready), or change its weight.
 
-    SERVER is its URL, host:port, or host.
+    SERVER is its URL, host:port, or host. It lasts until the gateway is restarted, over reloads too.
     """
     pool, slash, name = server.partition("/")
     if not (pool and slash and name):
@@ -294,7 +296,7 @@ def limits() -> None:
 def limits_show(control: Control, prefix: str) -> None:
     """Counters whose keys begin with PREFIX."""
     answer = control.client.get("/limits", prefix=prefix)
-    control.print(answer, views.limits(answer))
+    control.print(answer, views.limits(answer), views.limits_left_off(answer))
 
 
 @_command(limits, "clear")

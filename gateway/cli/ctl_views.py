@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import cast
+from typing import Final, cast
 
 from gateway.cli.ctl_tables import Table, columns, duration, number, octets, text_of
 
 Object = Mapping[str, object]
+
+MOST_LIMITS: Final = 1000
+"""Of one answer to GET /limits, unless it is asked for another number."""
 
 
 def rows(answer: Object, name: str) -> list[Object]:
@@ -37,7 +40,7 @@ def status_lines(info: Object, stats: Object) -> list[str]:
         f"{text_of(stats['sessions'])} sessions" + (f": {states}" if states else ""),
     ]
     if info.get("reason"):
-        found.append(f"reason: {text_of(info['reason'])}")
+        found += [f"reason: {line}" for line in text_of(info["reason"]).splitlines()]
     return found
 
 
@@ -122,18 +125,23 @@ def upstreams(answer: Object) -> Table:
                 text_of(server["idle"]), text_of(pool["waiting"]), text_of(server.get("latency_ms")),
                 text_of(server.get("last_error")),
             ])  # fmt: skip
-    heads = "pipeline pool server state >weight >share >active >idle >waiting >ms last_error"
+    heads = "pipeline pool server state >weight >of_weight >active >idle >waiting >ms last_error"
     return Table(columns(heads), found, "no upstreams")
 
 
 def limits(answer: Object) -> Table:
     """What is counted."""
     found = [
-        [text_of(row["key"]), text_of(row["kind"]), text_of(row["count"]),
+        [text_of(row["key"]), text_of(row["kind"]), "-" if row["kind"] == "value" else text_of(row["count"]),
          "-" if row["expires"] is None else duration(row["expires"])]
         for row in rows(answer, "limits")
     ]  # fmt: skip
     return Table(columns("key kind >count >expires"), found, "nothing is counted")
+
+
+def limits_left_off(answer: Object) -> str:
+    """That there may be more than the API gives at once; empty if it gave all."""
+    return f"the first {MOST_LIMITS}; a PREFIX shows others" if len(rows(answer, "limits")) >= MOST_LIMITS else ""
 
 
 def bans(answer: Object) -> Table:

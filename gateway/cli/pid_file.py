@@ -24,7 +24,10 @@ class PidFile:
     def __enter__(self) -> PidFile:
         if self._path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        self._draft.write_text(self._text)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._draft)  # of a process that had our number
+        with open(self._draft, "x") as file:  # never through a link that somebody put there
+            file.write(self._text)
         return self
 
     def publish(self) -> None:

@@ -6,6 +6,7 @@ that was expanded from a variable or a file is quoted as the file writes it, nev
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -245,7 +246,8 @@ def _worded(fault: _Fault, document: Document) -> tuple[str, str]:
         return cause.text, cause.suggestion
     if error["type"] in _TEXTS:
         text, suggestion = _TEXTS[error["type"]]
-        words = {name: f"{word:g}" if isinstance(word, float) else word for name, word in context.items()}
+        unit = "s" if _with_unit(document.value(fault.at)) else ""  # a bound of durations is in seconds
+        words = {name: f"{word:g}{unit}" if isinstance(word, float) else word for name, word in context.items()}
         text, suggestion = text.format(v=value, **words), suggestion.format(v=value, **words)
         return _vague(value) if _repeats(text + suggestion, secret) else (text, suggestion)
     if error["type"] in ("literal_error", "enum"):
@@ -265,6 +267,11 @@ def _worded(fault: _Fault, document: Document) -> tuple[str, str]:
         return _vague(value)
     text, _, suggestion = own.partition("; ")
     return text or f"{value} does not fit", suggestion
+
+
+def _with_unit(written: object) -> bool:
+    """Whether it is a duration such as 1h, not a bare number."""
+    return isinstance(written, str) and re.fullmatch(r"[\d.]+(ms|s|m|h|d)", written) is not None
 
 
 def _vague(value: str) -> tuple[str, str]:

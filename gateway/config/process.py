@@ -131,6 +131,8 @@ class Admin(Model):
             findings.add(("listen",), None, "anybody could steer it over TCP", 'add `token: "${ADMIN_TOKEN}"`')
         if self.listen.startswith("unix:") and self.token is not None:
             findings.add(("token",), None, "a unix socket asks for none: its file mode decides", "remove it")
+        elif self.token is not None and not self.token.strip():
+            findings.add(("token",), None, "the token is empty", "`openssl rand -hex 32` gives a good one")
         findings.report(self)
         return self
 

@@ -110,14 +110,19 @@ class CounterRow:
         return self._cells[self._base + _NUMBER]
 
     def slot(self, sample: str, kind: Kind = "c") -> Count:
-        """The number of a series, which is made if it is new; in a full row the one that is shared by what is lost."""
+        """The number of a series, which is made if it is new.
+
+        In a full row a counter is the one that is shared by what is lost, a gauge one that nobody sees.
+        """
         self.series()
         count = self._counts.get(sample)
         if count is not None:
             return count
         if not self._series:
             self._append(LOST, "c")
-        return self._counts[sample if self._append(sample, kind) else LOST]
+        if self._append(sample, kind):
+            return self._counts[sample]
+        return self._counts[LOST] if kind == "c" else Count(memoryview(bytearray(8)).cast("q"), 0)
 
     def find(self, sample: str) -> Count | None:
         """The number of a series if it is there."""
@@ -126,10 +131,13 @@ class CounterRow:
 
     def series(self) -> list[tuple[str, Kind]]:
         """All series in the order of their numbers."""
-        while len(self._series) < self.number:
+        while len(self._series) < min(self.number, SERIES):
+            if self._text_end + _ENTRY.size > (self.index + 1) * ROW_OCTETS:
+                break  # its owner has written over it
             size, kind = _ENTRY.unpack_from(self._octets, self._text_end)
             start = self._text_end + _ENTRY.size
-            self._learn(str(self._octets[start : start + size], "utf-8"), kind.decode(), start + size)
+            text = str(self._octets[start : start + size], "utf-8", "replace")
+            self._learn(text, "c" if kind == b"c" else "m" if kind == b"m" else "g", start + size)
         return self._series
 
     def _append(self, sample: str, kind: Kind) -> bool:

@@ -16,7 +16,8 @@ Type = Literal["counter", "gauge", "histogram"]
 class Metric(NamedTuple):
     """What a metric counts. A gauge is the sum over all processes, or the highest of them.
 
-    `bounds` are the upper ends of a histogram's buckets, in seconds.
+    `bounds` are the upper ends of a histogram's buckets, in seconds. `always` are values of the only label whose series
+    are there from the start: `increase` does not see one that begins at 1.
     """
 
     type: Type
@@ -24,6 +25,7 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
     highest: bool = False
     bounds: tuple[float, ...] = ()
+    always: tuple[str, ...] = ()
 
 
 LABELS: Final[Mapping[str, str]] = {
@@ -55,7 +57,7 @@ LABELS: Final[Mapping[str, str]] = {
     "store": "`memory`, `lmdb` or `redis`.",
     "operation": "Call of the store: `hit`, `hold`, `get`, `put`, `entries`, `clear`.",
     "error": "`timeout`, `unreachable`, `full` or `other`.",
-    "how": "How a worker died: `exit`, `signal` or `silent` (its loop stood still, and it was ended).",
+    "how": "How a worker died: `exited`, `killed` (by a signal) or `silent` (its loop stood still, and it was ended).",
     "state": "`starting`, `serving` or `draining`.",
     "certificate": "Its file.",
     "python": "Version of Python.",
@@ -124,7 +126,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     "gateway_upstream_up": Metric(
         "gauge",
-        "1 while the server is used, 0 while it is down or ejected.",
+        "1 while the server is well, drained by hand or not; 0 while it is down or ejected.",
         ("pipeline", "pool", "server"),
         highest=True,
     ),
@@ -163,16 +165,18 @@ METRICS: Final[Mapping[str, Metric]] = {
     "gateway_store_errors_total": Metric(
         "counter", "Calls of the store that failed.", ("store", "operation", "error")
     ),
-    "gateway_store_up": Metric("gauge", "Workers that reach their store.", ("store",)),
+    "gateway_store_up": Metric("gauge", "Workers that reached their store when they last asked.", ("store",)),
     # the service
     "gateway_event_loop_lag_seconds": Metric(
         "histogram", "How late the event loops of the workers are.", bounds=_LAG_BOUNDS
     ),
     "gateway_workers": Metric("gauge", "Workers that run, of all generations."),
-    "gateway_worker_restarts_total": Metric("counter", "Workers that died and were replaced.", ("how",)),
+    "gateway_worker_restarts_total": Metric(
+        "counter", "Workers that died and were replaced.", ("how",), always=("exited", "killed", "silent")
+    ),
     "gateway_generation": Metric("gauge", "Number of the newest configuration that serves.", highest=True),
     "gateway_generations": Metric("gauge", "Generations of the configuration that have processes.", ("state",)),
-    "gateway_reloads_total": Metric("counter", "Reloads: `done` or `failed`.", ("result",)),
+    "gateway_reloads_total": Metric("counter", "Reloads: `done` or `failed`.", ("result",), always=("done", "failed")),
     "gateway_reload_timestamp_seconds": Metric(
         "gauge", "When the configuration was loaded last, in seconds since 1970.", highest=True
     ),

@@ -46,7 +46,7 @@ class Histogram:
         """It took so long."""
         cells = self._cells
         cells[self._places[bisect_left(self._bounds, seconds)]] += 1
-        cells[self._sum] += int(seconds * 1_000_000)
+        cells[self._sum] += int(seconds * 1_000_000 + 0.5)
 
     @property
     def places(self) -> tuple[memoryview[int], list[int], int]:
@@ -200,8 +200,9 @@ def _ends(bounds: tuple[float, ...]) -> list[str]:
 
 
 def exposition(totals: Mapping[str, int]) -> str:
-    """All metrics of the table that have series, in Prometheus' text format 0.0.4, from `CounterMap.totals()`."""
-    families: dict[str, dict[str, int]] = {}
+    """All metrics of the table that have series or are there from the start, from `CounterMap.totals()`, in Prometheus'
+    text format 0.0.4."""
+    families = {name: dict.fromkeys(_from_the_start(name, metric), 0) for name, metric in METRICS.items()}
     for sample, value in totals.items():
         families.setdefault(sample.partition("{")[0], {})[sample] = value
     lines: list[str] = []
@@ -213,6 +214,13 @@ def exposition(totals: Mapping[str, int]) -> str:
         if samples:
             lines += [f"# HELP {name} {metric.help.translate(_HELP_ESCAPES)}", f"# TYPE {name} {metric.type}", *samples]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _from_the_start(name: str, metric: Metric) -> list[str]:
+    """Counters that are there before they were counted: those without labels, and what `Metric.always` says."""
+    if metric.type == "counter" and not metric.labels:
+        return [name]
+    return [_sample(name, {metric.labels[0]: value}) for value in metric.always]
 
 
 def _histogram_lines(name: str, metric: Metric, families: Mapping[str, Mapping[str, int]]) -> Iterator[str]:

@@ -81,7 +81,7 @@ class Meter:
         cells = self._cells
         cells[place] += 1
         cells[self._places[bisect_left(_BOUNDS, seconds)]] += 1
-        cells[self._sum] += int(seconds * 1_000_000)
+        cells[self._sum] += int(seconds * 1_000_000 + 0.5)  # to the nearest: many stages take about one
         trail = session.trail
         if trail is None:
             session.trail = [seen]

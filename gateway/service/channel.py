@@ -26,6 +26,7 @@ Message = dict[str, Json]
 LONGEST: Final = 32 << 20
 MOST_WAITING: Final = 64 << 20  # octets that the other end has not read: it is stopped, or in trouble
 _LENGTH = struct.Struct("!I")
+_READS_AT_ONCE: Final = 64  # then others have their turn: who writes without end must not hold us up
 _AT_ONCE: Final = 200  # descriptors a message; the kernel takes 253 (SCM_MAX_FD)
 
 
@@ -81,9 +82,12 @@ class Channel:
     def receive(self) -> list[Message]:
         """The messages that have arrived. At the end of the stream `closed` is set."""
         try:
-            while data := self.socket.recv(1 << 20):
+            for _ in range(_READS_AT_ONCE):
+                data = self.socket.recv(1 << 20)
+                if not data:
+                    self.closed = True
+                    break
                 self._in += data
-            self.closed = True
         except BlockingIOError:
             pass
         except OSError:

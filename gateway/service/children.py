@@ -24,6 +24,7 @@ log = get_logger("gateway.generation")
 
 SILENT_SECONDS: Final = 5.0
 START_SECONDS: Final = 120.0  # until it is ready
+LATE_SECONDS: Final = 2.0  # the generation looks every half second
 LIVED_SECONDS: Final = 1.0
 FIRST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 10.0
@@ -65,6 +66,7 @@ class Children:
         self._heard = heard
         self._pauses: dict[Key, float] = {}
         self._due: dict[Key, float] = {}
+        self._looked, self._awake = time.monotonic(), 0.0  # when last, and since when without a stop
 
     def start(self, role: Role, number: int, row: int) -> Running:
         """Fork one. Raises OSError."""
@@ -166,13 +168,20 @@ class Children:
         return pause
 
     def end_silent(self) -> None:
-        """Kill those whose loop does not turn any more, and those that do not become ready."""
+        """Kill those whose loop does not turn any more, and those that do not become ready.
+
+        Where we stood still ourselves, so did they (a container that was paused, a machine without memory or time):
+        they have their time anew.
+        """
         now = time.monotonic()
+        if now - self._looked > LATE_SECONDS:
+            self._awake = now
+        self._looked = now
         for child in self.running:
             if child.ended_for:
                 continue
-            silent = now - max(child.since, self._map.row(child.row).heartbeat / 1000)
-            if child.state == "starting" and now - child.since > START_SECONDS:
+            silent = now - max(child.since, self._map.row(child.row).heartbeat / 1000, self._awake)
+            if child.state == "starting" and now - max(child.since, self._awake) > START_SECONDS:
                 child.ended_for = f"it was not ready after {START_SECONDS:.0f} seconds"
             elif child.state != "starting" and silent > SILENT_SECONDS:
                 child.ended_for = f"its event loop was silent for {silent:.0f} seconds"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from gateway.admin import place
+from gateway.service.privileges import socket_file
 
 Owner = tuple[int, int] | None
 
@@ -31,14 +32,17 @@ class ControlSockets:
     def get(self, address: str, access: Access) -> socket.socket:
         """Listening; one that is there already changes its access with `keep`. Raises OSError."""
         if address not in self._held:
-            sock = place.bound(address, access.mode)
-            self._held[address] = sock
+            self._held[address] = place.bound(address, access.mode)
+            self._access[address] = access
             if address.startswith("unix:"):
                 path = address.removeprefix("unix:")
-                found = os.lstat(path)
-                self._files[address] = (found.st_dev, found.st_ino)
-                _give(path, access.owner)
-            self._access[address] = access
+                try:
+                    found = os.lstat(path)
+                    self._files[address] = (found.st_dev, found.st_ino)
+                    socket_file(path, owner=access.owner)
+                except OSError:
+                    self._close(address)
+                    raise
         return self._held[address]
 
     def keep(self, wanted: Mapping[str, Access]) -> None:
@@ -49,8 +53,7 @@ class ControlSockets:
             if address in self._held and self._access[address] != access and self._is_ours(address):
                 path = address.removeprefix("unix:")
                 with contextlib.suppress(OSError):
-                    os.chmod(path, access.mode)
-                    _give(path, access.owner or (os.geteuid(), os.getegid()))
+                    socket_file(path, mode=access.mode, owner=access.owner or (os.geteuid(), os.getegid()))
                 self._access[address] = access
 
     def close(self) -> None:
@@ -74,8 +77,3 @@ class ControlSockets:
         except OSError:
             return False
         return self._files.get(address) == (found.st_dev, found.st_ino)
-
-
-def _give(path: str, owner: Owner) -> None:
-    if owner is not None and os.geteuid() == 0:
-        os.chown(path, *owner, follow_symlinks=False)

@@ -242,7 +242,11 @@ class Generation:
             self._look_at_certificates = now + EXPIRY_SECONDS
             self._expiry.warn(self.contexts)
         self._questions.tend("the worker did not answer in time")
-        if self.draining_until is None and (self._told_to_end or self.control.closed):
+        if self.draining_until is None and self._told_to_end and self.accepting and not self.control.closed:
+            self._told_to_end = False  # another generation must accept before we stop
+            question: Message = {"op": "ask", "id": 0, "from": 0, "to": "supervisor", "name": "reload", "args": {}}
+            self.control.send(question)
+        elif self.draining_until is None and (self._told_to_end or self.control.closed):
             if self.control.closed:
                 log.critical("warning", text="the supervisor is gone: this generation serves what is open, and ends")
             self._drain(self.loaded.process.drain)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from gateway.pipeline.plan import ListenerPlan
 from gateway.service.listening import Addresses, StartError, bound, change_options, listen, refuse_same
+from gateway.service.privileges import socket_file
 
 Key = tuple[str, int, str, bool, bool]
 Inherited = Callable[[ListenerPlan], list[socket.socket]]
@@ -103,8 +104,7 @@ class HeldSockets:
         path = key[2]
         found = os.lstat(path)
         self._files[key] = (found.st_dev, found.st_ino)
-        if owner is not None and os.geteuid() == 0:
-            os.chown(path, *owner, follow_symlinks=False)
+        socket_file(path, owner=owner)
 
     def _close(self, key: Key, sockets: Iterable[socket.socket]) -> None:
         for sock in sockets:

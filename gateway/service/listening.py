@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from gateway.config.listen import Keepalive
 from gateway.pipeline.plan import ListenerPlan
+from gateway.service.privileges import socket_file
 
 SPEC = ("url", "host", "port", "path", "backlog", "ipv6only", "rcvbuf", "sndbuf", "multipath")
 Address = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]  # as getaddrinfo has it
@@ -27,6 +28,7 @@ KEEPALIVE_DEFAULTS = (
     (socket.TCP_KEEPINTVL, "/proc/sys/net/ipv4/tcp_keepalive_intvl"),
     (socket.TCP_KEEPCNT, "/proc/sys/net/ipv4/tcp_keepalive_probes"),
 )
+LARGEST_BUFFER = 0x7FFFFFFF  # an int of C; the kernel gives less (net.core.rmem_max, wmem_max)
 NO_MULTIPATH = (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)
 
 
@@ -143,7 +145,7 @@ def _bound_unix(listener: ListenerPlan) -> socket.socket:
         sock.setblocking(False)
         _set_buffers(sock, listener)
         sock.bind(listener.path)
-        os.chmod(listener.path, 0o666)  # as nginx does: the folder decides who comes to it
+        socket_file(listener.path, mode=0o666)  # as nginx does: the folder decides who comes to it
     except BaseException:
         sock.close()
         raise
@@ -189,9 +191,9 @@ def _set_options(sock: socket.socket, listener: ListenerPlan) -> None:
 def _set_buffers(sock: socket.socket, listener: ListenerPlan) -> None:
     """Before listen(2): the window that a handshake announces depends on it."""
     if listener.rcvbuf is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, listener.rcvbuf)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, min(listener.rcvbuf, LARGEST_BUFFER))
     if listener.sndbuf is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, listener.sndbuf)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(listener.sndbuf, LARGEST_BUFFER))
 
 
 def _set_keepalive(sock: socket.socket, keepalive: Keepalive | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import grp
 import os
 import pwd
@@ -153,6 +154,29 @@ def chown_for(path: Path, identity: Identity | None) -> None:
             os.close(descriptor)
     except OSError as error:
         raise PrivilegeError(f"{path}: cannot give it to {identity.user}: {error.strerror or error}") from None
+
+
+def socket_file(path: str, *, mode: int | None = None, owner: tuple[int, int] | None = None) -> None:
+    """Give the file of a socket that we bound a mode, and as root an owner (uid, gid). Raises OSError.
+
+    Through a descriptor, and only to a socket with one name: who may write to the folder could have put something else
+    in its place. To set the mode it is ours for a moment, since another's needs CAP_FOWNER.
+    """
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink > 1:
+            raise PermissionError(errno.EPERM, "something else is in the socket's place", path)
+        file = f"/proc/self/fd/{descriptor}"
+        if mode is not None:
+            if is_root() and found.st_uid != 0:
+                os.chown(file, 0, 0)
+                owner = owner or (found.st_uid, found.st_gid)
+            os.chmod(file, mode)
+        if owner is not None and is_root():
+            os.chown(file, *owner)
+    finally:
+        os.close(descriptor)
 
 
 def directory_for(path: Path, identity: Identity | None, mode: int = 0o750) -> None:

@@ -6,7 +6,9 @@ it is the supervisor's child then (`prctl.adopt_orphans`), which hears of its en
 
 from __future__ import annotations
 
+import bisect
 import os
+import signal
 from collections.abc import Iterable
 
 from gateway.observe.counters import CounterMap
@@ -19,8 +21,8 @@ class Rows:
     def __init__(self, map: CounterMap) -> None:
         self._map = map
         self._free = list(range(1, len(map)))
-        self.orphans: dict[int, int] = {}
-        """Process id of each worker without a generation, and its row."""
+        self.orphans: dict[int, tuple[int, float]] = {}
+        """Process id of each worker without a generation, its row, and until when it may live (monotonic clock)."""
 
     @property
     def free(self) -> int:
@@ -34,24 +36,38 @@ class Rows:
         taken, self._free = self._free[:number], self._free[number:]
         return taken
 
-    def give_back(self, rows: Iterable[int]) -> None:
-        """The generation of these has ended. Their counters stay; the next process goes on with them."""
+    def give_back(self, rows: Iterable[int], until: float) -> None:
+        """The generation of these has ended. Their counters stay; the next process goes on with them.
+
+        Workers that are left end their sessions until then (monotonic clock).
+        """
         for index in rows:
             owner = self._map.row(index).owner
             if owner and _is_child(owner):
-                self.orphans[owner] = index
+                self.orphans[owner] = (index, until)
             else:
                 self._release(index)
 
     def reaped(self, pid: int) -> None:
         """A child that was no generation has ended."""
-        index = self.orphans.pop(pid, None)
-        if index is not None:
-            self._release(index)
+        orphan = self.orphans.pop(pid, None)
+        if orphan is not None:
+            self._release(orphan[0])
+
+    def end_orphans(self, now: float | None = None) -> None:
+        """Kill those whose time is over at `now`; without it, all.
+
+        Who they are was read from memory that workers write to: only a child is signaled, not who has its number now.
+        """
+        for pid, (_, until) in tuple(self.orphans.items()):
+            if not _is_child(pid):
+                self.reaped(pid)
+            elif now is None or now >= until:
+                os.kill(pid, signal.SIGKILL)
 
     def _release(self, index: int) -> None:
         self._map.row(index).take(0)
-        self._free.append(index)
+        bisect.insort(self._free, index)  # the lowest first: what has been written to stays in memory, and is read
 
 
 def _is_child(pid: int) -> bool:

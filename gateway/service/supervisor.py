@@ -35,6 +35,7 @@ log = get_logger("gateway.supervisor")
 
 START_SECONDS: Final = 120.0
 SILENT_SECONDS: Final = 20.0  # a generation says every half second that it lives
+LATE_SECONDS: Final = 5.0
 MOST_DRAINING: Final = 8
 TICK_SECONDS: Final = 0.5
 FILES_SECONDS: Final = 2.0
@@ -68,6 +69,7 @@ class Supervisor:
         self._watch: FileWatch | None = None
         self._reloading: asyncio.Task[str] | None = None  # one that has not begun to read files
         self._replacing: asyncio.Task[None] | None = None
+        self._looked, self._awake = time.monotonic(), 0.0  # when last, and since when without a stop
         self._started = time.time()
         self._reason = ""
         self._tasks: set[asyncio.Task[object]] = set()
@@ -155,8 +157,7 @@ class Supervisor:
         for one in self._generations:
             if one.alive:
                 one.drain(0.0, last=True)
-        for pid in self._holdings.rows.orphans:
-            _kill(pid, signal.SIGKILL)
+        self._holdings.rows.end_orphans()
 
     async def _all_gone(self) -> None:
         """Until there are neither generations nor workers that lost theirs."""
@@ -170,8 +171,7 @@ class Supervisor:
         for one in self._generations:
             if one.process.returncode is None:
                 one.kill_after(5.0 if one.state == "failed" else 0.0)
-        for pid in self._holdings.rows.orphans:
-            _kill(pid, signal.SIGKILL)
+        self._holdings.rows.end_orphans()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * KILL_AFTER):
                 await self._all_gone()
@@ -290,13 +290,14 @@ class Supervisor:
 
     def _reap(self) -> None:
         """SIGCHLD: generations, embedded servers, and workers whose generation was killed."""
-        for generation in self._generations:
+        for generation in tuple(self._generations):
             if generation.state != "ended" and generation.process.returncode is None:
                 if generation.process.poll() is not None:
                     self._bury(generation)
         own = {one.process.pid for one in self._generations if one.process.returncode is None}
         while (pid := _ended_child()) and pid not in own:
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ChildProcessError):  # the thread that ends an embedded server was faster
+                os.waitpid(pid, os.WNOHANG)
             self._holdings.rows.reaped(pid)
         self._changed.set()
 
@@ -306,7 +307,7 @@ class Supervisor:
         generation.settle(f"gateway: the new process ended with status {status}; its standard error says why")
         generation.state = "failed" if was in ("starting", "failed") else "ended"
         generation.close()
-        self._holdings.rows.give_back(generation.rows)
+        self._holdings.rows.give_back(generation.rows, time.monotonic() + generation.wish.drain + KILL_AFTER)
         self._questions.without(generation, "the generation has ended")
         self._count_states()
         if was == "serving" and not self._stop.is_set():
@@ -431,12 +432,18 @@ class Supervisor:
         """Generations whose time is up or that are silent, questions without an answer, embedded servers."""
         self._reap()
         now = time.monotonic()
+        if now - self._looked > LATE_SECONDS:  # we stood still, and so did they: they have their time anew
+            self._awake = now
+        self._looked = now
+        self._holdings.rows.end_orphans(now)
         for one in self._generations:
             if one.process.returncode is not None:
                 continue
             if one.kill_at is not None and now >= one.kill_at:
                 one.process.kill()
-            elif one.state == "serving" and now - self._map.row(one.rows[0]).heartbeat / 1000 > SILENT_SECONDS:
+                continue
+            silent = now - max(self._map.row(one.rows[0]).heartbeat / 1000, self._awake) if one.rows else 0.0
+            if one.state == "serving" and silent > SILENT_SECONDS:
                 log.critical("warning", text=f"generation {one.number} was silent for {SILENT_SECONDS:.0f} seconds")
                 one.process.kill()
         self._questions.tend("the generation did not answer in time")
@@ -522,12 +529,8 @@ def _ended_child() -> int:
     return found.si_pid if found is not None else 0
 
 
-def _kill(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
 def _say(text: str) -> None:
-    """To whoever started us, if they still listen."""
+    """To whoever started us, if they still listen; at once, or (PYTHONUNBUFFERED) logs could be in the middle of it."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()

@@ -303,6 +303,7 @@ class ServedPipeline:
             server.close()
         if self.served is not None:
             self.served.draining = True
+            self.served.pools.close_idle()
         loop = asyncio.get_running_loop()
         begun = loop.time()
         open_sessions = tuple(self.conversations)

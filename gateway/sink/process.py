@@ -6,6 +6,7 @@ Ctrl-C at a terminal reaches the gateway only, which stops the child after its l
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -69,8 +70,10 @@ class EmbeddedServer:
         self._end()
         self._make_folder()
         if self._account is not None:
-            os.chown(self._folder, *self._account[:2])
-            _give(Path(maildir), self._account)
+            _give(self._folder, self._account)
+            if not Path(maildir).exists():
+                Path(maildir).mkdir(parents=True, mode=0o700)
+                _give(maildir, self._account)
         self._lifeline, theirs = socket.socketpair()
         command = [
             sys.executable, "-P", "-m", "gateway.sink", "--maildir", os.path.abspath(maildir),
@@ -165,8 +168,19 @@ class EmbeddedServer:
         return rest
 
 
-def _give(maildir: Path, account: tuple[int, int, tuple[int, ...]]) -> None:
-    """Make a Maildir that is not there yet for the account that will write to it."""
-    if not maildir.exists():
-        maildir.mkdir(parents=True, mode=0o700)
-        os.chown(maildir, *account[:2])
+def _give(folder: str | os.PathLike[str], account: tuple[int, int, tuple[int, ...]]) -> None:
+    """Give a folder that we made to the account. Raises OSError.
+
+    Through a descriptor, and only an empty one of ours: who may write to the folder above, as the account itself may,
+    could have put a link to another in its place.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        owner = os.fstat(descriptor).st_uid
+        if owner == account[0]:
+            return
+        if owner != os.geteuid() or os.listdir(descriptor):
+            raise PermissionError(errno.EPERM, "another folder is in its place", os.fspath(folder))
+        os.fchown(descriptor, *account[:2])
+    finally:
+        os.close(descriptor)

@@ -150,14 +150,14 @@ class LmdbStore:
             self._folder = Folder(self._path)
             self._lock = FileLock(self._path / "lock")
             opened.append(self._lock)
-            await self._taken(self._timeout)
+            self._users = FileLock(self._path / "users")
+            opened.append(self._users)
+            await self._taken_at_first()
             try:
                 self._copier_lock = FileLock(self._path / "lock")
                 opened.append(self._copier_lock)
                 self._copying = FileLock(self._path / "copying")
                 opened.append(self._copying)
-                self._users = FileLock(self._path / "users")
-                opened.append(self._users)
                 self._control = Control(self._path / "control")
                 opened.append(self._control)
                 self._owners = Owners(self._path / "owners", self._name)
@@ -229,10 +229,22 @@ class LmdbStore:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    async def _taken_at_first(self) -> None:
+        """Wait for the lock, also longer while another process looks through the whole database at its own begin."""
+        while True:
+            try:
+                return await self._taken(self._timeout)
+            except StoreError:
+                if self._users.take(shared=True):
+                    self._users.give()
+                    raise
+                # It is alone, as `_begin` has it.
+
     async def _clear_dead(self) -> None:
-        found = await self._call(lambda txn, now: self._owners.forget_dead())
+        """Whoever met a dead one's file removed it, and cleared one key only: so all keys are looked at."""
+        await self._call(lambda txn, now: self._owners.forget_dead())
         after: bytes | None = b""
-        while found and after is not None:
+        while after is not None:
             after = await self._call(partial(self._clear_some, after))
 
     def _clear_some(self, after: bytes, txn: Transaction, now: float) -> bytes | None:
@@ -385,6 +397,10 @@ class LmdbStore:
                 self._reopen()
             except _DAMAGE as error:
                 self._renew(str(error))
+            try:
+                return self._once(operation)
+            except _DAMAGE as error:  # the copy was made of what was damaged already
+                self._renew(str(error), empty=True)
             return self._once(operation)
         except (lmdb.Error, OSError) as error:
             raise self._error(error) from error
@@ -435,16 +451,26 @@ class LmdbStore:
         self._env.close()
         self._open_database()
 
-    def _renew(self, reason: str) -> None:
-        """Go to the last copy, because the database is of another boot or damaged, and have all others follow."""
+    def _renew(self, reason: str, *, empty: bool = False) -> None:
+        """Go to the last copy, because the database is of another boot or damaged, and have all others follow.
+
+        With `empty` the copy is damaged as well, and given up.
+        """
         if self._epoch >= 0:
             self._env.close()
         self._control.next_epoch()  # first: who is killed between these lines leaves nobody with the old file
         is_new = not self._folder.live.exists()
+        if empty:
+            self._folder.copy.unlink(missing_ok=True)
         contents, error = self._folder.restore()
         if contents == "copy" or not is_new:
             log.warning("store_restored", store=str(self._path), reason=reason, contents=contents, error=error or None)
-        self._open_database()
+        try:
+            self._open_database()
+        except _DAMAGE as damage:
+            if empty:
+                raise
+            self._renew(str(damage), empty=True)
 
     # -- twice a second ------------------------------------------------------------------------------------------
 

@@ -93,14 +93,25 @@ HIT: Final = Script(HIT_BODY)
 """KEYS[1] the rate; ARGV the hits, then a limit and a period in seconds for each window. Gives allowed, the seconds to
 wait, and the estimate of each window. The key lasts as long as its hits count, at most two of the longest period."""
 
-HOLD: Final = Script("""
-local live = string.format('(%.17g', now)
-if redis.call('ZCOUNT', KEYS[1], live, '+inf') >= tonumber(ARGV[1]) then return 0 end
+# A lease that ends later than any could was given before the clock was set back, or by a master whose clock was ahead:
+# its worker renews it soon if it lives, else nobody ever gives it back.
+_TAKEN: Final = """
+local function taken(key, lasts)
+  return redis.call('ZCOUNT', key, string.format('(%.17g', now), now + 2 * lasts)
+end
+"""
+
+HOLD: Final = Script(
+    _TAKEN
+    + """
+if taken(KEYS[1], ARGV[3]) >= tonumber(ARGV[1]) then return 0 end
 redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[2])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], now + 2 * ARGV[3], '+inf')
 redis.call('PEXPIRE', KEYS[1], math.ceil(ARGV[3] * 1000))
 return 1
-""")
+"""
+)
 """KEYS[1] the places; ARGV the limit, the lease's id, the seconds it lasts. Gives 1, or 0 if all places are taken."""
 
 RENEW: Final = Script("""
@@ -133,7 +144,7 @@ return found
 )
 """KEYS[1] the rate. Gives for each period the estimate and the seconds until nothing of it counts."""
 
-PLACES: Final = Script("return redis.call('ZCOUNT', KEYS[1], string.format('(%.17g', now), '+inf')")
-"""KEYS[1] the places. Gives how many are taken."""
+PLACES: Final = Script(_TAKEN + "return taken(KEYS[1], ARGV[1])")
+"""KEYS[1] the places; ARGV the seconds that leases last. Gives how many are taken."""
 
 BY_SHA: Final = {script.sha: script for script in (HIT, HOLD, RENEW, RATES, PLACES)}

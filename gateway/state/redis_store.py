@@ -273,7 +273,7 @@ class RedisStore:
             pairs = [rate.split() for rate in rates if isinstance(rate, bytes)] if isinstance(rates, list) else []
             return [Entry(key, "rate", float(estimate), None, float(rest)) for estimate, rest in pairs]
         if kind == "held":
-            taken = await self._ask(self._places + name, PLACES.call(self._places + name))
+            taken = await self._ask(self._places + name, PLACES.call(self._places + name, self._lease_time))
             return [Entry(key, "held", taken, None, None)] if isinstance(taken, int) and taken else []
         redis_key = self._value + name
         questions = [self._ask(redis_key, (command, redis_key)) for command in (b"GET", b"PTTL")]

@@ -118,6 +118,8 @@ def parse_url(url: str, *, password: str = "", ca_file: Path | None = None, veri
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, own_password = credentials.partition(":")
     path, service, db = _path(scheme, kind, hosts, parts)
+    if kind == "one" and "," in hosts:
+        raise ValueError("several hosts of a Redis URL are sentinels or a cluster: redis+sentinel://, redis+cluster://")
     return Place(
         kind,
         () if path else _addresses(hosts, _PORTS[kind]),

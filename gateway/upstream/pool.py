@@ -58,8 +58,8 @@ class Pool:
     `clock` is seconds that only grow and that all workers have in common (CLOCK_MONOTONIC), `store` remembers what
     servers announced. `pipeline` and `name` are what the pool has in common with those of other workers; a `dynamic`
     one is of this worker alone and has no series of its own. `learner` (the health check's) asks the servers now,
-    `probing` while this worker does so all the time. `news` is called with what other workers are to `apply`.
-    Raises ValueError for settings that cannot work.
+    `probing` while this worker does so all the time, `keeping` while connections may be kept for reuse. `news` is
+    called with what other workers are to `apply`. Raises ValueError for settings that cannot work.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Pool:
         self.probing = False
         self._asked_at = float("-inf")
         self.learner: Callable[[], Awaitable[None]] | None = None
+        self.keeping = True
         self._assumed = None if settings.assume is None else parse_keywords(settings.assume)
         self._profile: dict[str, str] | None = None
         self._merge()
@@ -410,7 +411,8 @@ class Pool:
                 yield keywords
 
     def close_idle(self) -> None:
-        """End the connections kept for reuse (at a stop)."""
+        """End the connections kept for reuse, and keep none from now on (at a stop): other workers need the places."""
+        self.keeping = False
         for server in self.servers:
             server.close_idle()
 

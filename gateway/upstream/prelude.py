@@ -329,6 +329,7 @@ def give_back(connection: UpstreamConnection, ok: bool = True) -> None:
         or not isinstance(connection, Connection)
         or pool is None
         or not pool.settings.reuse
+        or not pool.keeping
         or not connection.reusable
         or connection.transactions >= pool.settings.reuse_transactions
         or not connection.idle

@@ -74,6 +74,14 @@ def parse_server(url: str, default_scheme: str = "smtp") -> Target:
     return Target(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, "")
 
 
+def _can_be_looked_up(host: str) -> bool:
+    """getaddrinfo raises no OSError for a name with a label that is empty or too long."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
+
+
 def _host_and_port(url: str, text: str) -> tuple[str, int | None]:
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
@@ -89,7 +97,7 @@ def _host_and_port(url: str, text: str) -> tuple[str, int | None]:
         port = digits if colon else None
         if port is not None and ":" in port:
             raise ValueError(f"{url!r}: an IPv6 address is written [address]:port")
-    if not host or not host.isprintable() or any(c in host for c in " /@?#"):
+    if not host or not host.isprintable() or any(c in host for c in " /@?#") or not _can_be_looked_up(host):
         raise ValueError(f"{url!r}: no host name or address")
     if port is None:
         return host.lower(), None

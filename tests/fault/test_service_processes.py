@@ -401,3 +401,26 @@ async def test_gauges_of_the_service(tmp_path: Path) -> None:
         assert 'gateway_generations{state="serving"} 1' in text
         assert 'gateway_reloads_total{result="done"} 1' in text
         assert "gateway_start_timestamp_seconds 1" in text and "gateway_build_info{" in text
+
+
+async def test_a_generation_that_is_told_to_end(tmp_path: Path) -> None:
+    """By SIGTERM to itself: it goes on until another one accepts."""
+    async with service(tmp_path, SINK) as running:
+        client = await running.client()
+        assert (await client.say("MAIL FROM:<a@example.org>")).startswith("250")
+        os.kill(running.generations()[0], signal.SIGTERM)
+        assert (await running.record("reload"))["generation"] == 2  # not first after its last session
+        (await running.client()).writer.close()
+        assert (await client.say("RSET")).startswith("250")
+        assert (await client.say("QUIT")).startswith("221")
+        await running.record("generation_ended")
+        assert not running.all("generation_died")
+
+
+async def test_buffers_larger_than_any(tmp_path: Path) -> None:
+    """The kernel gives what it has; the reload does not end half-way."""
+    async with service(tmp_path, SINK) as running:
+        running.write({**SINK, "listen": [{"url": f"smtp://127.0.0.1:{running.port}", "rcvbuf": "4G", "sndbuf": "4G"}]})
+        await running.reload()
+        (await running.client()).writer.close()
+        assert running.all("reload") and not running.all("internal_error")

@@ -83,7 +83,9 @@ async def test_one_session(hub: FakeHub, served: Served) -> None:
     async with served() as client:
         assert await said(client, "GET", "/sessions/A") == (200, {"id": "A", "worker": 1, "generation": 2})
         hub.answers["session"] = None
-        assert await said(client, "GET", "/sessions/B") == (404, {"error": "no session B"})
+        assert await said(client, "GET", "/sessions/B") == (
+            404, {"error": "no session B is open or ended lately; the log may have it"}
+        )
 
 
 async def test_sums_over_workers(hub: FakeHub, served: Served) -> None:

@@ -56,7 +56,7 @@ def run(hub: FakeHub, tmp_path: Path) -> Iterator[Ctl]:
 
 
 STATUS = {
-    "pid": 7, "started": 1.0, "generation": 2, "state": "serving", "reason": "the last reload failed", "restarts": 1,
+    "pid": 7, "started": 1.0, "generation": 2, "state": "serving", "reason": "the last reload failed\nat 3", "restarts": 1,
     "workers": [{"generation": 2, "worker": number, "pid": 8, "started": 1.0, "state": "serving"} for number in (0, 1)],
 }  # fmt: skip
 STATS = {"pid": 8, "sessions": 3, "states": {"joined": 3}, "pipelines": {"mx": 3}, "cpu": 90.0, "memory": 40 << 20,
@@ -94,8 +94,14 @@ LOOKING = [
         "FACT VALUE", "tls.active yes", "recipient d@e.f 250 Ok", "access connect pass enforce", "access 0.25",
         "T1 info auth mechanism=PLAIN",
     ]),
-    (["upstreams"], "upstreams", POOLS, {}, ["mx mta smtp://a:25 down 3 50% 4 0 0 - refused"]),
+    (["upstreams"], "upstreams", POOLS, {}, [
+        "PIPELINE POOL SERVER STATE WEIGHT OF WEIGHT ACTIVE IDLE WAITING MS LAST ERROR",
+        "mx mta smtp://a:25 down 3 50% 4 0 0 - refused",
+    ]),
     (["limits", "show", "rate:"], "limits", [LIMIT], {"prefix": "rate:"}, ["rate:mx:r:k rate 2.5 -"]),
+    (["limits", "show"], "limits", [{**LIMIT, "key": "ban:k", "kind": "value", "count": 0}] * 1000, {}, [
+        "ban:k value - -", "the first 1000; a PREFIX shows others",
+    ]),
     (["bans"], "bans", [BAN], {}, ["192.0.2.1 mx ban 1m30s 1970-01-01 00:00:00Z 2 stage x"]),
     (["bans", "list"], "bans", [], {}, ["nobody is banned"]),
     (["certs"], "certs", [CERT], {}, ["NAMES FILE EXPIRES DAYS ISSUER LISTENERS"]),
@@ -124,7 +130,8 @@ def test_status(hub: FakeHub, run: Ctl) -> None:
     result = run("status")
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    for words in ("serving, generation 2", "1 worker restarts", "3 sessions: 3 joined", "reason: the last reload failed",
+    for words in ("serving, generation 2", "1 worker restarts", "3 sessions: 3 joined",
+                  "reason: the last reload failed reason: at 3",
                   "2 0 8 serving 3 40M 1m30s 17", "2 1 8 serving no answer"):
         assert words in text, words
     assert result.stderr == "gateway: worker 1 of generation 2 is not included: late\n"
@@ -161,12 +168,16 @@ def test_steering(
     assert (hub.asked[0][0], hub.asked[0][1]) == (op, args)
 
 
+REFUSED = ["mx.yaml:3: unknown key", "mx.yaml:9: \x1bno", "gateway: smtp://:25: cannot listen"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
         (["kill", "X"], 1, "gateway: no open session X\n"),
         (["upstream", "mta/a", "drain"], 1, "gateway: a may be any of these: smtp://a:25, smtps://a:465\n"),
         (["reload"], 1, "gateway: mx.yaml:3: unknown key\ngateway: mx.yaml:9: \\x1bno\n"),
+        (["reload"], 1, "gateway: mx.yaml:9: \\x1bno\ngateway: smtp://:25: cannot listen\n"),
         (["upstream", "mta", "drain"], 2, "write POOL/SERVER"),
         (["upstream", "mta/a", "weight"], 2, "`weight` takes a number"),
         (["upstream", "mta/a", "drain", "3"], 2, "`drain` takes no number"),
@@ -176,13 +187,13 @@ def test_steering(
         (["sessions", "--limit", "0"], 2, "0 is not in the range"),
         (["nothing"], 2, "No such command"),
         (["--url", "ftp://x", "status"], 2, "--url is http://host:port"),
-        (["--token-file", "/nonexistent/token", "status"], 2, "No such file"),
+        (["--token-file", "/nonexistent/token", "status"], 2, "/nonexistent/token: No such file or directory\n"),
     ],
 )
 def test_refusals(hub: FakeHub, run: Ctl, arguments: list[str], status: int, said: str) -> None:
     hub.answers["kill"] = None
     hub.answers["upstream"] = "!409 a may be any of these: smtp://a:25, smtps://a:465"
-    hub.answers["reload"] = {"ok": False, "generation": 2, "error": "mx.yaml:3: unknown key\nmx.yaml:9: \x1bno"}
+    hub.answers["reload"] = {"ok": False, "generation": 2, "error": "\n".join(REFUSED)}
     result = run(*arguments)
     assert result.exit_code == status and said in result.stderr, result.output
     assert result.stdout == ""

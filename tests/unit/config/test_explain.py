@@ -34,6 +34,7 @@ class Settings(BaseModel):
     limit: Rate | list[Rate] = Rate(1, 1.0)
     mixed: int | list[int] | Rule = 1
     either: Rate | Duration = 1.0
+    keep: Duration = Field(1.0, le=60)
     rules: list[Rule] | None = None
     named: dict[str, Rule] = Field(default_factory=dict)
     networks: CidrList = ()
@@ -94,6 +95,8 @@ def said(settings: str, environment: dict[str, str] | None = None) -> list[str]:
         ("{tale: a very long tale without an end}",
          "18: stages[1].test.tale: 'a very long tale without an end' is too long a tale; tell less"),
         ("{code: 200}", "18: stages[1].test.code: 200 is too small; write 400 or more"),
+        ("{keep: 1h}", "18: stages[1].test.keep: '1h' is too large; write 60s or less"),
+        ("{keep: 61}", "18: stages[1].test.keep: 61 is too large; write 60 or less"),
         ("{code: yes}", "18: stages[1].test.code: 'yes' is not a whole number; write digits only"),
         ("{pattern: A}", "21: stages[1].test.pattern: 'A' does not have the right form; it has to match ^[a-z]*$"),
         ("{pattern: 5}", "21: stages[1].test.pattern: 5 is not a text; put it in quotes: '5'"),

@@ -146,3 +146,10 @@ def test_json_schema() -> None:
     assert set(process["properties"]) == {
         "workers", "user", "group", "store", "admin", "metrics", "traces", "log", "drain", "state_directory"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("token", ["", " ", "\n"])
+def test_an_empty_token_guards_nothing(token: str) -> None:
+    """`Authorization: Bearer` alone would show it."""
+    with pytest.raises(ValidationError, match="the token is empty"):
+        Process.model_validate({"admin": {"listen": "127.0.0.1:9000", "token": token}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import pwd
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,16 @@ def test_paths(tmp_path: Path) -> None:
     for wrong in ("gone", "..", "", 5, "a\0b"):
         with pytest.raises(ValidationError):
             file.validate_python(wrong, context=context)
+
+
+def test_a_file_that_cannot_be_read_says_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads it at the shell is root, and the service is not."""
+    (tmp_path / "there").write_text("x")
+    monkeypatch.setattr("gateway.values.os.access", lambda *_: False)
+    for uid, name in ((pwd.getpwnam("nobody").pw_uid, "nobody"), (2**31 - 9, "user id 2147483639")):
+        monkeypatch.setattr("gateway.values.os.geteuid", lambda uid=uid: uid)
+        with pytest.raises(ValidationError, match=f"'there' cannot be read by {name};"):
+            TypeAdapter(ExistingFile).validate_python("there", context={"folder": tmp_path})
 
 
 def test_identifiers() -> None:

@@ -69,6 +69,19 @@ def test_what_has_no_room_is_counted_together(full: str, monkeypatch: pytest.Mon
     assert CounterMap.attach(shared.fd).totals() == totals  # the row after it is whole
 
 
+def test_a_gauge_that_has_no_room_leaves_the_counter_of_what_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "SERIES", 2)
+    row = CounterMap.private().row(0)
+    row.slot("a").add()
+    row.slot("b").add(7)
+    for kind in ("g", "m"):
+        gauge = row.slot("gauge", kind)
+        gauge.set(3)
+        gauge.add(-1)
+        assert gauge.value == 2
+    assert row.values() == [7, 1]
+
+
 def test_no_block_of_counters() -> None:
     fd = os.memfd_create("x")
     with pytest.raises(ValueError, match="no block of counters"):

@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.observe import metrics
 from gateway.observe.counters import LOST, CounterMap
 from gateway.observe.metrics import LABELS, METRICS
+from gateway.pipeline.meter import Meter
+from gateway.session import Listener, Session
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,6 +82,18 @@ def test_histogram(shared: CounterMap) -> None:
     assert values[f"{name}_sum", frozenset(labels.items())] == observed.sum == pytest.approx(99.20421)
 
 
+def test_sums_of_what_takes_microseconds_are_right_on_average(shared: CounterMap) -> None:
+    meter = Meter("mx", "quick", "mail")
+    observed = metrics.histogram("gateway_stage_seconds", pipeline="mx", stage="quick", phase="mail")
+    session = Session("S", "mx", Listener("smtp://:25"), ("192.0.2.1", 1), ("192.0.2.2", 25), 0.0)
+    for _ in range(10):
+        for tenth in range(10):
+            meter.answered(session, type(None), True, (2 + tenth / 10) / 1e6)
+            observed.observe((2 + tenth / 10) / 1e6)
+    assert observed.count == 200
+    assert observed.sum == pytest.approx(200 * 2.45e-6, rel=0.03)
+
+
 def test_numbers_by_labels_that_occur(shared: CounterMap) -> None:
     found = metrics.counters("gateway_refusals_total", "cause", "phase", pipeline="mx")
     found["policy", "rcpt"].add()
@@ -131,6 +145,19 @@ def test_names_are_as_prometheus_wants_them(name: str) -> None:
 
 def test_labels_are_used() -> None:
     assert set(LABELS) == {label for metric in METRICS.values() for label in metric.labels}
+
+
+def test_what_alerts_count_is_there_from_the_start(shared: CounterMap) -> None:
+    """`increase` of a series that begins at 1 is 0: the first failed reload would wake nobody."""
+    values = parsed(shared)
+    assert values["gateway_log_lines_lost_total", frozenset()] == 0
+    metrics.counter("gateway_reloads_total", result="failed").add()
+    reloads = {labels: value for (name, labels), value in parsed(shared).items() if name == "gateway_reloads_total"}
+    assert reloads == {frozenset({("result", "failed")}): 1, frozenset({("result", "done")}): 0}
+    for metric in METRICS.values():
+        assert not metric.always or (metric.type == "counter" and len(metric.labels) == 1)
+        told = " ".join([metric.help, *(LABELS[label] for label in metric.labels)])
+        assert all(f"`{value}`" in told for value in metric.always)
 
 
 def test_a_full_row_is_seen(shared: CounterMap) -> None:

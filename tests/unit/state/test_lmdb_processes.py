@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from typing import IO
 
 import pytest
 
+from gateway.state.lmdb_files import FileLock
 from gateway.state.lmdb_store import LmdbStore
 from gateway.state.memory import MemoryStore
 from gateway.state.settings import StoreSettings
@@ -172,6 +174,43 @@ async def test_places_of_the_dead_are_free_again(start: Start, tmp_path: Path) -
     assert await again.entries("") == []
     assert [path.name for path in (tmp_path / "store" / "owners").iterdir()] == [again._owners.own.hex()]
     await again.close()
+
+
+@pytest.mark.anyio
+async def test_all_places_of_the_dead_are_free_again_whoever_met_it_first(start: Start, tmp_path: Path) -> None:
+    """The one that finds it dead where a limit is reached leaves the other keys to the replacement."""
+    store = await opened(tmp_path)
+    dies = start()
+    assert [dies.ask("hold full 1"), dies.ask("hold other 9")] == ["1", "1"]
+    dies.kill()
+    lease = await store.hold("full", 1)
+    assert lease is not None
+    lease.release()
+    start()
+    assert await store.entries("") == []
+    await store.close()
+
+
+@pytest.mark.anyio
+async def test_who_looks_through_a_large_database_does_not_keep_others_from_opening_it(tmp_path: Path) -> None:
+    store = LmdbStore(StoreSettings("lmdb", tmp_path / "store", timeout=0.001))
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    lock, users = FileLock(folder / "lock"), FileLock(folder / "users")
+    assert lock.take() and users.take()
+    opening = asyncio.ensure_future(store.open())
+    await asyncio.wait([opening], timeout=0.1)  # many times its time-out
+    assert not opening.done()
+    users.take(shared=True)
+    lock.give()
+    await opening
+    lock.take()
+    late = LmdbStore(StoreSettings("lmdb", folder, timeout=0.001))
+    with pytest.raises(StoreError, match="another process has the lock"):
+        await late.open()
+    for each in (lock, users):
+        each.close()
+    await store.close()
 
 
 def test_two_workers_allow_what_one_counter_allows(start: Start) -> None:

@@ -435,3 +435,18 @@ async def test_damage_is_repaired_while_it_runs(store: LmdbStore, monkeypatch: p
         assert await store.get("v") is None
     assert [record["event"] for record in log] == ["store_restored"]
     assert lease is not None and await store.hold("a", 1) is None
+
+
+async def test_a_copy_of_what_was_damaged_already_is_given_up(store: LmdbStore) -> None:
+    """Else each call that meets the damage would go back to it, and fail again."""
+    for number in range(2000):
+        await store.hit(f"k{number}", [Window(9, 3600)])
+    with open(store._folder.live, "r+b") as file:
+        for page in range(10, store._env.info()["last_pgno"]):
+            file.seek(page * 4096 + 8)
+            file.write(b"\xff" * 8)
+    store._make_copy()
+    with capture_logs() as log:
+        for number in range(2000):
+            assert (await store.hit(f"k{number}", [Window(9, 3600)])).allowed
+    assert [record["contents"] for record in log] == ["copy", "empty"]

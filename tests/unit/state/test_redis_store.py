@@ -91,7 +91,7 @@ def test_tls_believes_the_given_authorities_alone(tls_files: tuple[Path, Path]) 
 @pytest.mark.parametrize(
     "url",
     ["http://a", "redis:a", "redis://", "redis://a:secret", "redis://a,,b", "unix://run/secret", "redis://a/secret",
-     "redis+sentinel://a", "redis+cluster://a/1", "redis://a?secret=1x"],
+     "redis+sentinel://a", "redis+cluster://a/1", "redis://a?secret=1x", "redis://a,b"],
 )  # fmt: skip
 def test_no_url(url: str) -> None:
     with pytest.raises(ValueError, match=r"Redis") as caught:
@@ -240,6 +240,24 @@ async def test_a_cancelled_hold_holds_nothing(server: RedisServer) -> None:
             await task
         await store.get("x")
         assert await store.hold("a", 1) is not None
+
+
+@pytest.mark.anyio
+async def test_a_clock_that_goes_back_leaves_no_place_taken(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or another master's clock. A place of the dead would be taken until that time comes again."""
+    body = redis_scripts.HOLD.text.decode().partition("\n")[2]
+    ahead = Script(body, f"{redis_scripts.NOW} now = now + 3600")
+    monkeypatch.setitem(redis_scripts.BY_SHA, ahead.sha, ahead)
+    async with opened(server, "lives") as store, opened(server, "dies") as dead:
+        with monkeypatch.context() as patch:
+            patch.setattr(redis_store, "HOLD", ahead)
+            assert await dead.hold("a", 1) is not None
+        assert await store.entries("a") == []
+        assert await store.hold("a", 1) is not None
+        assert await store.hold("a", 1) is None
+        assert server.ask("ZCARD", "gateway:held:a") == 1
 
 
 @UVLOOP

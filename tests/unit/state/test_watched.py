@@ -101,7 +101,7 @@ async def test_only_the_first_failure_is_news(monkeypatch: pytest.MonkeyPatch) -
     async def outcome(number: int) -> bool:
         inner.away = number != 3
         try:
-            async with asyncio.timeout(0.001):
+            async with asyncio.timeout(0.02):
                 if number in (0, 3, 4):
                     await store.hit("a", [Window(100, 60)])
                 elif number == 1:
@@ -115,3 +115,20 @@ async def test_only_the_first_failure_is_news(monkeypatch: pytest.MonkeyPatch) -
 
     assert [await outcome(number) for number in range(5)] == [False, True, True, True, False]
     assert not is_logged(TimeoutError()) and not is_logged(StoreError("by somebody else"))
+
+
+async def test_an_administrators_question_that_takes_too_long_says_nothing_of_the_store() -> None:
+    class Large(MemoryStore):
+        async def entries(self, prefix: str, limit: int = 1000) -> list[Entry]:
+            raise StoreError("too many keys to look through", "timeout")
+
+    store = WatchedStore(Large(lambda: 600.0), "redis")
+    up = metrics.gauge("gateway_store_up", store="redis")
+    errors = metrics.counter("gateway_store_errors_total", store="redis", operation="entries", error="timeout")
+    before = errors.value
+    with capture_logs() as log:
+        with pytest.raises(StoreError):
+            await store.entries("")
+        assert (errors.value - before, up.value) == (1, 1)
+        await store.get("a")
+    assert not log

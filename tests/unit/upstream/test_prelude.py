@@ -395,7 +395,7 @@ async def test_an_open_transaction_is_reset_before_the_next(peers: Peers, opened
     await ended(connection)
 
 
-@pytest.mark.parametrize("why", ["off", "identified", "refused", "not ok", "reply owed"])
+@pytest.mark.parametrize("why", ["off", "identified", "refused", "not ok", "reply owed", "stop"])
 async def test_connections_that_are_not_kept(peers: Peers, opened: Opened, why: str) -> None:
     talk = {"refused": "\nC: MAIL FROM:<>\nS: 550 no", "reply owed": "\nC: NOOP"}.get(why, "")
     pool = pool_of(await peers(READY + talk + QUIT), reuse=why != "off")
@@ -407,6 +407,8 @@ async def test_connections_that_are_not_kept(peers: Peers, opened: Opened, why: 
         await connection.mail(b"MAIL FROM:<>")
     elif why == "reply owed":
         connection.send(b"NOOP\r\n")
+    elif why == "stop":
+        pool.close_idle()
     give_back(connection, ok=why != "not ok")
     assert not pool.servers[0].idle
     await ended()

@@ -39,7 +39,8 @@ def test_urls_have_one_form(written: str, url: str, local: bool) -> None:
 @pytest.mark.parametrize(
     "url",
     ["", "milter://h", "smtp://", "h:0", "h:65536", "h:x", "h:+5", "::1", "2001:db8::1:25", "[::1", "[::1]x", "[h]:25",
-     "unix:", "unix:mta", "foo+unix:/x", "smtp://a b", "smtp://user@h:25", "h\r\n:25"],
+     "unix:", "unix:mta", "foo+unix:/x", "smtp://a b", "smtp://user@h:25", "h\r\n:25",
+     "mx..example.org", f"smtp://{'a' * 64}.example.org"],
 )  # fmt: skip
 def test_what_is_no_server_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
