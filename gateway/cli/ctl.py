@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import click
 
@@ -347,6 +347,8 @@ def bans_add(control: Control, network: str, seconds: int, reason: str) -> None:
     """Ban an address or a network."""
     answer = control.client.post("/bans", {"network": network, "seconds": seconds, "reason": reason})
     control.print(answer, text=f"{answer['network']} is banned until {views.clock(answer['until'])}")
+    for pipeline in cast("list[str]", answer.get("exempt", [])):
+        click.echo(f"gateway: {pipeline} lets it in all the same: its stage `ban` has it in `exempt`", err=True)
 
 
 @_command(bans, "remove")

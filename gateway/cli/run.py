@@ -57,6 +57,7 @@ def _supervised(paths: tuple[str, ...], workers: str | None, loop_name: str, rea
     from gateway.service.systemd import ActivationError
 
     logs.configure("auto")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it ends nobody who has just begun
     try:
         supervisor = Supervisor(paths, workers=workers, loop=loop_name, ready=ready)
     except ActivationError as error:

@@ -206,14 +206,18 @@ class Answers:
     async def ban_add(self, args: Arguments) -> Json:
         """Ban `network` for `seconds` (`reason`) in every pipeline with the stage `ban`: which those are, until when.
 
-        Only networks that the stage looks up: addresses, IPv6 /64, and those of its prefix lengths.
+        `exempt` are those of them that let it in all the same, by a setting of that name. Only networks that the stage
+        looks up: addresses, IPv6 /64, and those of its prefix lengths.
         """
         network = _network(_text(args, "network"))
         seconds = _number(args, "seconds", 1, LONGEST_BAN, 3600)
         until = round(time.time() + seconds, 3)
         value = {"until": until, "level": 0, "reason": _text(args, "reason", "")[:200], "by": "ctl"}
         done: list[str] = []
+        exempt: list[str] = []
         for pipeline, stage in self._ban_stages():
+            if any(_covers(one, network) for one in getattr(stage.settings, "exempt", ())):
+                exempt.append(pipeline)
             prefixes = _looked_up(stage, network.version)
             if network.prefixlen not in prefixes:
                 shown = ", ".join(f"/{length}" for length in sorted(prefixes))
@@ -221,7 +225,8 @@ class Answers:
             done.append(pipeline)
         for pipeline, stage in self._ban_stages():
             await self._store.put(_ban_key(pipeline, stage, network), json.dumps(value).encode(), seconds)
-        return {"network": _written(network), "until": until, "pipelines": sorted(set(done))}
+        pipelines: list[Json] = [*sorted(set(done))]
+        return {"network": _written(network), "until": until, "pipelines": pipelines, "exempt": [*sorted(set(exempt))]}
 
     async def ban_remove(self, args: Arguments) -> Json:
         """Lift the bans of exactly `network`: how many there were."""
@@ -357,6 +362,13 @@ def _looked_up(stage: Stage, version: int) -> set[int]:
     if version == 4:
         return {32, getattr(stage.settings, "v4_prefix", 32)}
     return {128, 64, getattr(stage.settings, "v6_prefix", 64)}
+
+
+def _covers(one: Network, other: Network) -> bool:
+    """Whether all of the other network is in this one."""
+    if isinstance(one, ipaddress.IPv4Network):
+        return isinstance(other, ipaddress.IPv4Network) and other.subnet_of(one)
+    return isinstance(other, ipaddress.IPv6Network) and other.subnet_of(one)
 
 
 def _ban(key: str, value: bytes | None) -> Json:

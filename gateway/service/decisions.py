@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from gateway.service.channel import Json, Message
@@ -20,13 +20,27 @@ class Decisions:
         """What came of a question; whether a worker carried out a decision, which replaces one on the same subject."""
         if message["name"] not in LASTING:
             return False
-        if not any(isinstance(answer, Mapping) and not answer["error"] for answer in answers):
-            return False
-        self._by_subject[_subject(message)] = {**message, "id": 0}
-        return True
+        done = [answer["result"] for answer in answers if isinstance(answer, Mapping) and not answer["error"]]
+        for decision in _decided(message, done[0]) if done else ():
+            subject = _subject(decision)
+            self._by_subject.pop(subject, None)  # the last one decides
+            self._by_subject[subject] = decision
+        return bool(done)
 
     def __iter__(self) -> Iterator[Message]:
         return iter(tuple(self._by_subject.values()))
+
+
+def _decided(message: Message, result: Json) -> list[Message]:
+    """With the server and the pipelines that were meant, however they had been written."""
+    args = message["args"]
+    assert isinstance(args, Mapping)
+    if not isinstance(result, Mapping) or not isinstance(pipelines := result.get("pipelines"), Sequence):
+        return [{**message, "id": 0}]
+    return [
+        {**message, "id": 0, "args": {**args, "server": result["server"], "pipeline": pipeline}}
+        for pipeline in pipelines
+    ]
 
 
 def _subject(message: Message) -> str:

@@ -105,11 +105,12 @@ class Generation:
         self.state = state_directory(process)
         privileges.directory_for(self.state, self.identity)
         self.workers = opening.workers_of(self.loaded, orders["workers"])
+        if process.store is not None and process.store.memory and self.workers != 1:
+            raise StartError(f"store: {self.workers} workers do not see each other's memory; write `store: lmdb`")
         self.control.send(opening.request(self.loaded, self.workers, files, self.identity))
         with socket.socket(fileno=over) as sock:
             self.given = opening.receive(self.loaded, self._wait_for("opened"), sock)
-        if self.identity is not None or not privileges.is_root():
-            privileges.drop(self.identity)
+        privileges.drop(self.identity, stays_root=self.identity is None and privileges.is_root())
         self.plans = compile_all(self.loaded)
         set_up(self.plans, self.loaded)
         certificates.share_tickets(self.plans, self.given.secret)
@@ -135,7 +136,8 @@ class Generation:
             if written:
                 raise privileges.PrivilegeError(f"process.user: {what}: install it where all may read, as in /opt")
             self.identity = None
-            return f"THE STAGES RUN AS ROOT: {what}; install it in /opt, say, and write `user: name` below `process`"
+            text = "THE STAGES RUN AS ROOT, though without its capabilities"
+            return f"{text}: {what}; install it in /opt, say, and write `user: name` below `process`"
         return ""
 
     def _wait_for(self, op: str) -> Message:

@@ -107,8 +107,10 @@ def resolve(user: str, group: str | None = None) -> Identity:
     return Identity(name, _group_name(gid), uid, gid, groups, home)
 
 
-def drop(identity: Identity | None) -> None:
+def drop(identity: Identity | None, *, stays_root: bool = False) -> None:
     """Become this account, for good; None keeps the account and gives up all else.
+
+    Root as an account without capabilities (`stays_root`, where there is no other) still owns root's files.
 
     Afterwards this process and all that it forks or executes have no capability, get no privilege from set-user-ID
     programs (PR_SET_NO_NEW_PRIVS), and leave no core file with passwords or keys, nor can others of the account look
@@ -131,7 +133,7 @@ def drop(identity: Identity | None) -> None:
             f"cannot {who}: {error.strerror or error}; in a container or unit, the account's number must be mapped, "
             "and CAP_SETUID and CAP_SETGID be there"
         ) from None
-    _verify(identity)
+    _verify(identity, stays_root)
 
 
 def chown_for(path: Path, identity: Identity | None) -> None:
@@ -292,7 +294,7 @@ def _give_up_capabilities() -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _verify(identity: Identity | None) -> None:
+def _verify(identity: Identity | None, stays_root: bool) -> None:
     """Raises PrivilegeError if anything is left, or comes back when asked for."""
     if identity is not None:
         ids = (os.getresuid(), os.getresgid(), set(os.getgroups()))
@@ -300,7 +302,7 @@ def _verify(identity: Identity | None) -> None:
             raise PrivilegeError(f"still not wholly {identity.user}: user, group or groups are others")
         if _works(lambda: os.setresuid(0, 0, 0)) or _works(lambda: os.setresgid(0, 0, 0)):
             raise PrivilegeError(f"root comes back after becoming {identity.user}")
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and not stays_root:
         raise PrivilegeError("still root: write `user: name` below `process`")
     with open("/proc/self/status") as status:
         sets = dict(line.split(":", 1) for line in status if line.startswith("Cap"))

@@ -28,7 +28,7 @@ from gateway.service.decisions import Decisions
 from gateway.service.generations import ALIVE, KILL_AFTER, Generation, launch
 from gateway.service.holdings import NOTHING, Holdings, Wish
 from gateway.service.listening import StartError
-from gateway.service.prctl import adopt_orphans, set_name
+from gateway.service.prctl import adopt_orphans, set_name, started_at
 from gateway.service.questions import Questions
 
 log = get_logger("gateway.supervisor")
@@ -40,6 +40,7 @@ MOST_DRAINING: Final = 8
 TICK_SECONDS: Final = 0.5
 FILES_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 4.0
+STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 LIVED_SECONDS: Final = 10.0
 LONGEST_PAUSE: Final = 15.0
 T = TypeVar("T")
@@ -113,7 +114,7 @@ class Supervisor:
         set_name("gateway")
         adopt_orphans()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        for number in STOPPING:
             loop.add_signal_handler(number, self._asked_to_stop)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen)
@@ -176,6 +177,9 @@ class Supervisor:
             async with asyncio.timeout(2 * KILL_AFTER):
                 await self._all_gone()
         await self._holdings.close()
+        for number in STOPPING:  # the end is near; the loop's own end would make it a violent one
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     # -- one generation after the other ---------------------------------------------------------------------
 
@@ -267,7 +271,7 @@ class Supervisor:
             return ""
 
     def _reload_failed(self, error: str) -> None:
-        self._reason = f"reload failed: {error}"
+        self._reason = f"reload failed: {error.removeprefix('gateway: ')}"
         _say(error)
         metrics.counter("gateway_reloads_total", result="failed").add()
         self._log("error", "reload_failed", error=error, generation=self._newest())
@@ -401,14 +405,14 @@ class Supervisor:
         raise StartError(f"404 the supervisor knows no {name}")
 
     def _describe(self) -> Message:
-        newest = self._newest()
+        newest = self._newest() or max((one.number for one in self._generations if one.state == "draining"), default=0)
         state = "draining" if self._stop.is_set() else "reloading" if self._turn.locked() else "serving"
         workers: list[Json] = [
             {
                 "generation": one.number,
                 "worker": number,
                 "pid": self._map.row(row).owner,
-                "started": one.started,
+                "started": started_at(self._map.row(row).owner) or one.started,
                 "state": one.state,
             }
             for one in self._generations
@@ -420,7 +424,7 @@ class Supervisor:
             "pid": os.getpid(),
             "started": self._started,
             "generation": newest,
-            "state": state if newest or state == "draining" else "starting",
+            "state": state if newest else "starting",
             "reason": self._reason,
             "restarts": metrics.total("gateway_worker_restarts_total"),
             "workers": workers,

@@ -125,6 +125,14 @@ async def test_a_first_start_that_fails_says_what_check_says(tmp_path: Path) -> 
     assert not (tmp_path / "admin.sock").exists()
 
 
+async def test_workers_of_the_command_line_need_a_store_that_they_share(tmp_path: Path) -> None:
+    path = write(tmp_path, free_port(), SINK, store="memory")
+    done = subprocess.run([*GATEWAY, "run", "--workers", "2", str(path)], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2, "gateway: store: 2 workers do not see each other's memory; write `store: lmdb`\n",
+    )  # fmt: skip
+
+
 async def test_a_refused_reload_leaves_nothing(tmp_path: Path) -> None:
     """What was bound for a configuration that fails afterwards is given back."""
     second, unix = free_port(), tmp_path / "smtp.sock"

@@ -305,6 +305,10 @@ async def test_bans() -> None:
         for network, words in (("mail.example", "neither an address"), ("10.0.0.0/8", "by /24, /32")):
             with pytest.raises(AnswerError, match=words):
                 await here.ask("ban_add", network=network)
+    async with site({"ban": {"limit": "20/10m", "exempt": ["127.0.0.0/8"]}}) as here:
+        done = await here.ask("ban_add", network="127.0.0.1")
+        assert done["exempt"] == done["pipelines"] and len(done["exempt"]) == 1
+        assert (await here.ask("ban_add", network="192.0.2.1"))["exempt"] == []
     async with site() as here:
         with pytest.raises(AnswerError, match="409 no pipeline has the stage"):
             await here.ask("ban_add", network="127.0.0.1")

@@ -103,7 +103,7 @@ from gateway.service.privileges import Identity, PrivilegeError, drop
 memory = os.memfd_create("key")
 os.write(memory, b"secret")
 try:
-    drop({identity})
+    drop({identity}, stays_root={stays_root})
 except PrivilegeError as error:
     print(json.dumps(str(error)))
     sys.exit()
@@ -124,8 +124,8 @@ print(json.dumps(dict(
 """
 
 
-def dropped(identity: Identity | None, before: str = "") -> object:
-    program = DROP.format(identity=repr(identity), before=before)
+def dropped(identity: Identity | None, before: str = "", *, stays_root: bool = False) -> object:
+    program = DROP.format(identity=repr(identity), before=before, stays_root=stays_root)
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 
@@ -163,6 +163,15 @@ os.environ["USER"] = "as before"
     assert isinstance(found, dict)
     assert found["capabilities"] == ["0000000000000000"] * 4
     assert (found["uids"], found["user"], found["new"], found["back"]) == ([4242] * 3, "as before", "1", False)
+
+
+@as_root
+def test_root_that_stays_has_nothing_but_its_files() -> None:
+    """Where nobody else can read the installation."""
+    found = dropped(None, 'os.environ["USER"] = "root"', stays_root=True)
+    assert isinstance(found, dict)
+    assert found["capabilities"] == ["0000000000000000"] * 4
+    assert (found["uids"], found["new"], found["dumpable"], found["chroot"]) == ([0] * 3, "1", 0, False)
 
 
 @as_root
