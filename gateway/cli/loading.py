@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from gateway.config.load import Loaded, load
-from gateway.config.problems import ConfigError
-from gateway.pipeline.compile import compile_all
-from gateway.pipeline.plan import Plan
+if TYPE_CHECKING:
+    from gateway.config.load import Loaded
+    from gateway.pipeline.plan import Plan
 
 
 def fail(text: str) -> NoReturn:
@@ -22,6 +21,10 @@ def fail(text: str) -> NoReturn:
 
 def plans(paths: Sequence[str]) -> tuple[list[Plan], Loaded]:
     """Load and compile; every problem of every file before giving up."""
+    from gateway.config.load import load
+    from gateway.config.problems import ConfigError
+    from gateway.pipeline.compile import compile_all  # a third of a second that a supervisor does not need
+
     try:
         loaded = load([Path(path) for path in paths])
     except ConfigError as error:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -115,7 +115,7 @@ class Generation:
         set_up(self.plans, self.loaded)
         certificates.share_tickets(self.plans, self.given.secret)
         self.loop = loop_factory(str(orders["loop"]))
-        for text in filter(None, (warning, *self.given.notes)):
+        for text in filter(None, (warning, *self.given.notes, *self._unsafe(files))):
             log.warning("warning", text=text)
 
     def _check_code_is_readable(self, written: bool) -> str:
@@ -139,6 +139,15 @@ class Generation:
             text = "THE STAGES RUN AS ROOT, though without its capabilities"
             return f"{text}: {what}; install it in /opt, say, and write `user: name` below `process`"
         return ""
+
+    def _unsafe(self, files: Iterable[str]) -> Iterator[str]:
+        """Root reads them for the workers, also when they are renewed: what a stage would put in their place, too."""
+        if self.identity is not None:
+            folders = {privileges.replaceable(Path(file), self.identity): file for file in files}
+            for folder, file in folders.items():
+                if folder is not None:
+                    user = self.identity.user
+                    yield f"{folder}: {user} may replace {file}, which root reads; give the folder to root, mode 755"
 
     def _wait_for(self, op: str) -> Message:
         while True:

@@ -223,6 +223,24 @@ def unreachable(path: Path, identity: Identity | None) -> Path | None:
     return None
 
 
+def replaceable(path: Path, identity: Identity | None) -> Path | None:
+    """The folder in which the account may put something else in the place of this file, or of a folder on its way.
+
+    None if there is none. What root reads from there on the account's behalf is whatever the account wants it to be.
+    """
+    if identity is None:
+        return None
+    lexical = Path(os.path.abspath(path))
+    for folder in dict.fromkeys((*lexical.parents, *Path(os.path.realpath(path)).parents)):
+        try:
+            found = folder.stat()
+        except OSError:
+            continue
+        if found.st_uid == identity.uid or (_may(identity, found, 0o2) and not found.st_mode & stat.S_ISVTX):
+            return folder
+    return None
+
+
 def _may(identity: Identity, found: os.stat_result, bits: int) -> bool:
     """Whether mode and owner let the account read (4), write (2), execute or enter (1)."""
     if found.st_uid == identity.uid:

@@ -7,6 +7,8 @@ async with running({"stages": [...], "upstreams": {...}}) as gateway:
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -25,6 +27,8 @@ from gateway.service.worker import ServedPipeline, StageWorker
 from gateway.stage import Stage
 from gateway.state.memory import MemoryStore
 from gateway.upstream.profile import ProfileStore
+
+_ports = random.Random(os.getpid())
 
 
 @dataclass
@@ -48,10 +52,15 @@ class Gateway:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port nobody listens on, below the range from which the kernel takes ports for outgoing connections."""
+    while True:
+        port = _ports.randrange(12_000, 20_000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def compiled(pipeline: Mapping[str, object], folder: Path, stages: Mapping[str, type[Stage]] | None = None) -> Plan:

@@ -22,6 +22,7 @@ from gateway.service.privileges import (
     choose,
     chown_for,
     directory_for,
+    replaceable,
     resolve,
     unreachable,
 )
@@ -256,3 +257,26 @@ def test_what_an_account_cannot_reach(tmp_path: Path) -> None:
     assert unreachable(code / "__init__.py", OTHER) == code / "__init__.py"
     assert unreachable(code / "gone", OTHER) == code / "gone"
     assert unreachable(code, None) is None
+
+
+@as_root
+def test_where_an_account_may_replace_what_root_reads(tmp_path: Path) -> None:
+    """In a folder of its own or of its group, there or on the way, also behind a link; not in one like /tmp."""
+    keys, link = tmp_path / "keys", tmp_path / "link"
+    keys.mkdir(mode=0o755)
+    link.symlink_to(keys)
+    for file in (keys / "mx.key", link / "mx.key"):
+        keys.chmod(0o755)
+        os.chown(keys, 0, 0)
+        assert replaceable(file, OTHER) is None
+        keys.chmod(0o777)
+        assert replaceable(file, OTHER) in (keys, link)
+        keys.chmod(0o1777)
+        assert replaceable(file, OTHER) is None
+        keys.chmod(0o775)
+        os.chown(keys, 0, OTHER.groups[0])
+        assert replaceable(file, OTHER) in (keys, link)
+        keys.chmod(0o555)
+        os.chown(keys, OTHER.uid, 0)
+        assert replaceable(file, OTHER) in (keys, link)
+        assert replaceable(file, None) is None
