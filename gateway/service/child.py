@@ -1,7 +1,7 @@
 """A process that a generation forked: a worker, or the one that answers the admin API.
 
-It says `ready`, waits for `accept`, serves, and ends when it is told to drain, or when its generation is gone: nobody
-could reach it then.
+It says `ready`, waits for `accept`, says `accepts`, serves, and ends when it is told to drain, or when its generation
+is gone: nobody could reach it then.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Child(ABC):
                 self.channel.send({"op": "ready"})
                 if await self._before(self._end, self._accept.wait()):
                     await self.accept()
+                    self.channel.send({"op": "accepts"})
                     await self._end.wait()
         except StartError as error:
             self.channel.send({"op": "failed", "error": str(error)})

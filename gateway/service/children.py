@@ -30,7 +30,7 @@ FIRST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 10.0
 
 Role = Literal["worker", "admin"]
-State = Literal["starting", "ready", "serving", "draining"]
+State = Literal["starting", "ready", "serving", "draining"]  # "serving": it was told so
 Key = tuple[Role, int, int]
 
 
@@ -45,6 +45,7 @@ class Running:
     row: int
     since: float
     state: State = "starting"
+    accepts: bool = False  # its doors are open
     ended_for: str = ""  # why we ended it
 
 

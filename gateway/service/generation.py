@@ -282,6 +282,10 @@ class Generation:
         match message["op"]:
             case "ready":
                 self._is_ready(child)
+            case "accepts":
+                child.accepts = True
+                if all(one.accepts for one in self.children.running):
+                    self.control.send({"op": "accepts"})
             case "failed":
                 if not self.reported:
                     self.fail(str(message["error"]))

@@ -25,13 +25,17 @@ ALIVE: Final = ("starting", "serving", "draining")
 
 @dataclass(eq=False)
 class Generation:
-    """`begun` is "" once it is ready, else what is wrong. `rows` of the counters are its own and its children's."""
+    """`begun` is "" once it is ready, else what is wrong; `accepts` is set when all its doors are open, or it ended.
+
+    `rows` of the counters are its own and its children's.
+    """
 
     number: int
     process: subprocess.Popen[bytes]
     channel: Channel
     over: Channel
     begun: asyncio.Future[str]
+    accepts: asyncio.Event = field(default_factory=asyncio.Event)
     started: float = field(default_factory=time.time)
     state: State = "starting"
     asked: bool = False
@@ -86,6 +90,7 @@ class Generation:
 
     def close(self) -> None:
         """The process has ended."""
+        self.accepts.set()
         self.channel.close()
         self.over.close()
 

@@ -34,6 +34,7 @@ from gateway.service.questions import Questions
 log = get_logger("gateway.supervisor")
 
 START_SECONDS: Final = 120.0
+ACCEPT_SECONDS: Final = 5.0
 SILENT_SECONDS: Final = 20.0  # a generation says every half second that it lives
 LATE_SECONDS: Final = 5.0
 MOST_DRAINING: Final = 8
@@ -206,10 +207,18 @@ class Supervisor:
         raise StartError(generation.error)
 
     async def _take_over(self, new: Generation) -> None:
-        """The new generation accepts, then the old ones stop."""
+        """The new generation accepts, then the old ones stop, so that there is always somebody.
+
+        Raises StartError if the new one ends at once; then the old one serves on.
+        """
         for message in self._decisions:
             new.channel.send(message)
         new.accept()
+        with contextlib.suppress(TimeoutError):  # then somebody is slow; no reason to serve two configurations for long
+            async with asyncio.timeout(ACCEPT_SECONDS):
+                await new.accepts.wait()
+        if not new.alive and self._newest():
+            raise StartError("gateway: the new process ended as soon as it accepted; its standard error says why")
         for old in self._generations:
             if old is not new and old.state == "serving":
                 old.drain(old.wish.drain)
@@ -337,6 +346,8 @@ class Supervisor:
             case "ready":
                 generation.workers = int(str(message["workers"]))
                 generation.settle("")
+            case "accepts":
+                generation.accepts.set()
             case "failed":
                 generation.settle(str(message["error"]))
             case "ask":

@@ -42,8 +42,9 @@ class WorkerProcess(Child):
         await self.worker.accept()
 
     async def close(self) -> None:
-        """Drain. At a stop clients whose connection is made, and waits to be accepted, get a goodbye, no reset."""
-        if self.last and self.grace:
+        """Drain. Clients whose connection waits to be accepted are not reset where nobody will listen any more: at a
+        stop, and where the next configuration has another listener."""
+        if self.grace:
             await self.worker.accept_waiting()
         await self.worker.close(self.grace)
 

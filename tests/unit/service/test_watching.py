@@ -18,6 +18,7 @@ from gateway.service import supervisor
 from gateway.service.channel import Channel, pair
 from gateway.service.children import Children, Running
 from gateway.service.generations import Generation
+from gateway.service.listening import StartError
 from gateway.service.rows import Rows
 
 
@@ -161,3 +162,34 @@ def test_a_line_is_written_at_once() -> None:
     assert os.read(read, 100) == b"gateway: ready\n"
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.anyio
+async def test_the_old_generation_serves_until_the_new_one_does() -> None:
+    """Not only until that was told to: the doors open a moment later. One that ends instead changes nothing."""
+    service = supervisor.Supervisor([])
+    ends = [pair() for _ in range(8)]
+    begun: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    old, new, dead = (
+        Generation(number, cast("subprocess.Popen[bytes]", None), Channel(ends[2 * number][0]),
+                   Channel(ends[2 * number + 1][0]), begun, state=state)
+        for number, state in enumerate(("serving", "starting", "starting"), 1)
+    )  # fmt: skip
+    service._generations += [old, new, dead]
+    taking = asyncio.create_task(service._take_over(dead))
+    await asyncio.sleep(0)
+    dead.state = "ended"
+    dead.close()
+    with pytest.raises(StartError, match="ended as soon as it accepted"):
+        await taking
+    assert old.state == "serving"
+    taking = asyncio.create_task(service._take_over(new))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert (old.state, new.state) == ("serving", "serving")
+    service._heard(new, {"op": "accepts"})
+    await taking
+    assert (old.state, new.state) == ("draining", "serving")
+    for one, other in ends:
+        one.close()
+        other.close()
