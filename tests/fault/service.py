@@ -144,7 +144,7 @@ class Service:
 def children(parent: int, command: str = "") -> list[int]:
     """Child processes, in the order of their ids, whose command line contains `command`."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
+    for entry in (Path("/proc") / name for name in os.listdir("/proc") if name.isdecimal()):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")

@@ -35,12 +35,12 @@ def run(folder: Path, *files: str) -> subprocess.CompletedProcess[str]:
 def children(folder: Path) -> list[str]:
     """Processes that know of this folder."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            command = entry.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
         except OSError:
             continue
-        if str(folder) in command and int(entry.parent.name) != os.getpid():
+        if str(folder) in command and int(name) != os.getpid():
             found.append(command)
     return found
 

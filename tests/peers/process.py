@@ -79,13 +79,13 @@ def port_open(port: int, host: str = "127.0.0.1") -> Callable[[], bool]:
 def group_members(group: int) -> list[int]:
     """Living members of a process group; a slow init may keep dead ones as zombies for seconds."""
     members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _, process_group = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
         if state != "Z" and int(process_group) == group:
-            members.append(int(stat.parent.name))
+            members.append(int(name))
     return members
 
 
