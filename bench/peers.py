@@ -11,16 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from gateway.testing.gateway import free_port
+
 TICK = os.sysconf("SC_CLK_TCK")
 MAIL_MODULE = Path("/usr/lib/nginx/modules/ngx_mail_module.so")
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
 
 class Process:
     """A program of the run; its CPU is that of the process and its children, from the kernel's accounting."""

@@ -20,8 +20,9 @@ from statistics import median
 from bench.clients import idle, source
 from bench.measured import machine
 from bench.numbered import Orders
-from bench.peers import free_port, start_sink
+from bench.peers import start_sink
 from bench.supervised import Cpu, Supervised, descriptors, private, pss
+from gateway.testing.gateway import free_port
 
 HEADING = "## Workers"
 ASKED = 1.7

@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.numbered import Fate, Orders, Result, compare
-from bench.peers import Process, free_port
+from bench.peers import Process
 from bench.supervised import Cpu, Member, Supervised, descriptors, pss, runs
+from gateway.testing.gateway import free_port
 
 FULL_MINUTES = 10.0
 CAPACITY_SECONDS = 15.0

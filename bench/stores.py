@@ -13,8 +13,9 @@ from statistics import median
 
 from bench import store_clients
 from bench.measured import Measured, job
-from bench.peers import MAIL_MODULE, Process, answers, free_port, start_auth, start_gateway_for
+from bench.peers import MAIL_MODULE, Process, answers, start_auth, start_gateway_for
 from bench.store_server import BIG, CAPABILITIES
+from gateway.testing.gateway import free_port
 
 HEADING = "## Mail stores"
 SESSION_ASKED, FETCH_ASKED, MEMORY_ASKED = 1.25, 0.5, 10.0

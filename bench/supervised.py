@@ -17,8 +17,9 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from bench.peers import TICK, Process, cpu_of, free_port
+from bench.peers import TICK, Process, cpu_of
 from gateway.observe.counters import CounterMap, CounterRow
+from gateway.testing.gateway import free_port
 
 Role = Literal["supervisor", "generation", "worker", "admin", "starting"]
 READY_SECONDS = 60.0

@@ -82,21 +82,23 @@ class Meter:
         cells[place] += 1
         cells[self._places[bisect_left(_BOUNDS, seconds)]] += 1
         cells[self._sum] += int(seconds * 1_000_000 + 0.5)  # to the nearest: many stages take about one
-        trail = session.trail
-        if trail is None:
-            session.trail = [seen]
-        else:
-            trail.append(seen)
-            if len(trail) > MAX_TRAIL:
-                del trail[: MAX_TRAIL // 2]
+        _remember(session, seen)
 
     def added(self, session: Session, kind: type, enforced: bool) -> None:
         """One more answer within the time of another: a phase that was missed, an edit that cannot be made."""
         seen, place = self._enforced[kind] if enforced else self._observed[kind]
         self._cells[place] += 1
-        if session.trail is None:
-            session.trail = []
-        session.trail.append(seen)
+        _remember(session, seen)
+
+
+def _remember(session: Session, seen: Seen) -> None:
+    trail = session.trail
+    if trail is None:
+        session.trail = [seen]
+    else:
+        trail.append(seen)
+        if len(trail) > MAX_TRAIL:
+            del trail[: MAX_TRAIL // 2]
 
 
 class RecordingMeter(Meter):

@@ -54,8 +54,9 @@ class Gateway:
 def free_port() -> int:
     """A port nobody listens on, below the range from which the kernel takes ports for outgoing connections."""
     while True:
-        port = _ports.randrange(12_000, 20_000)
+        port = _ports.randrange(12_000, 32_000)
         with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 sock.bind(("127.0.0.1", port))
             except OSError:

@@ -7,11 +7,11 @@ folder for tests), a mount namespace of its own shows the command an empty folde
 from __future__ import annotations
 
 import shlex
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
+from gateway.service.privileges import resolve, unreachable
 from tests.peers.require import missing, require, require_root
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,10 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def barred(path: Path) -> Path | None:
     """The uppermost folder on the way that others may not enter."""
-    for folder in reversed([path, *path.parents]):
-        if not folder.stat().st_mode & stat.S_IXOTH:
-            return folder
-    return None
+    return unreachable(path, resolve("nobody"))
 
 
 def for_everybody(*more: Path) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -190,6 +191,12 @@ def only(pid: int, workers: Sequence[int]) -> Iterator[None]:
     finally:
         for other in others:
             os.kill(other, signal.SIGCONT)
+
+
+def with_socket(given: socket.socket) -> list[str]:
+    """The command with this listener from systemd; a shell sets LISTEN_PID to its own id (sd_listen_fds(3))."""
+    script = f'exec 3<&{given.fileno()}; LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"'
+    return ["/bin/bash", "-c", script, *GATEWAY]
 
 
 @asynccontextmanager

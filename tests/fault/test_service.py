@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fault.client import Client
-from tests.fault.service import GATEWAY, LIMIT, alive, children, service
+from tests.fault.service import LIMIT, alive, children, service, with_socket
 from tests.peers.process import free_port
 
 UVLOOP = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["here"])
@@ -220,13 +220,18 @@ async def test_a_second_signal_stops_now(tmp_path: Path) -> None:
 async def test_logs_are_opened_again(tmp_path: Path) -> None:
     log = tmp_path / "gateway.log"
     async with service(tmp_path, SINK, log={"file": str(log)}) as running:
-        log.rename(tmp_path / "gateway.log.1")
+        old = tmp_path / "gateway.log.1"
+        log.rename(old)
         running.signal(signal.SIGUSR1)
-        while not log.exists():
-            (await running.client()).writer.close()
+        async with asyncio.timeout(LIMIT):
+            while not log.exists() or '"session"' not in log.read_text():
+                (await running.client()).writer.close()
+        written = old.read_text()
         (await running.client()).writer.close()
-        while '"session"' not in log.read_text():
-            (await running.client()).writer.close()
+        running.signal(signal.SIGTERM)
+        assert await running.ended() == 0
+        assert old.read_text() == written  # nobody holds it any more
+        assert '"record":"stop"' in log.read_text()
 
 
 async def test_the_embedded_server_survives_reloads(tmp_path: Path) -> None:
@@ -239,13 +244,11 @@ async def test_the_embedded_server_survives_reloads(tmp_path: Path) -> None:
 
 
 async def test_sockets_of_systemd_are_used(tmp_path: Path) -> None:
-    """LISTEN_FDS: descriptor 3 is the listener (sd_listen_fds(3)); a shell sets LISTEN_PID to its own id."""
+    """LISTEN_FDS: descriptor 3 is the listener (sd_listen_fds(3))."""
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]
-        script = f'exec 3<&{given.fileno()}; LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"'
         pipeline = {**SINK, "listen": [f"smtp://127.0.0.1:{port}"]}
-        command = ["/bin/bash", "-c", script, *GATEWAY]
-        async with service(tmp_path, pipeline, command=command, pass_fds=[given.fileno()]) as running:
+        async with service(tmp_path, pipeline, command=with_socket(given), pass_fds=[given.fileno()]) as running:
             running.port = port
             assert (await sent(await running.client())).startswith("250")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.fault.client import Client
-from tests.fault.service import GATEWAY, LIMIT, Service, children, service, write
+from tests.fault.service import GATEWAY, LIMIT, Service, children, service, with_socket, write
 from tests.peers.process import free_port
 
 UVLOOP = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["here"])
@@ -357,10 +357,8 @@ async def test_wildcards_and_addresses_come_and_go(tmp_path: Path) -> None:
 async def test_a_socket_of_systemd_may_be_left_out_for_a_while(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]
-        script = f'exec 3<&{given.fileno()}; LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"'
         pipeline = {**SINK, "listen": [f"smtp://127.0.0.1:{port}"]}
-        command = ["/bin/bash", "-c", script, *GATEWAY]
-        async with service(tmp_path, pipeline, command=command, pass_fds=[given.fileno()]) as running:
+        async with service(tmp_path, pipeline, command=with_socket(given), pass_fds=[given.fileno()]) as running:
             running.write(SINK)
             await running.reload()
             running.write(pipeline)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
@@ -21,11 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from gateway.testing.gateway import free_port as free_port
+
 LIMIT = 15.0
 """Seconds for a program to start, stop, or write what a test waits for."""
 
 _PAUSE = 0.005
-_ports = random.Random(os.getpid())
 
 P = TypeVar("P", bound="Process")
 
@@ -39,19 +39,6 @@ def scratch(prefix: str = "peer-") -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    """A port nobody listens on, below the range from which the kernel takes ports for outgoing connections."""
-    while True:
-        port = _ports.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def wait_for(event: Callable[[], object], what: str, limit: float = LIMIT) -> None:
